@@ -554,6 +554,8 @@ def test_several_processes_are_rejected(monkeypatch):
     with pytest.raises(finesight.UserError, match="one process") as caught:
         create_client()
     assert "finesight.train" in str(caught.value.remedy)
+    monkeypatch.setenv("WORLD_SIZE", "several")
+    assert create_client().step == 0
 
 
 def test_client_of_a_run_trains_its_adapter_further(tmp_path):

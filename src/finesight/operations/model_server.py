@@ -66,7 +66,7 @@ class ModelServer:
             self.close()
             raise
         if self._error is not None:
-            self.close()
+            self.close()  # raises the error
 
     def _run(self, inference_model: InferenceModel, listener: socket.socket) -> None:
         """Serve requests in the thread of the server."""
@@ -174,7 +174,7 @@ def start_server(
                 expected="the name of a model, which is loaded with them",
                 remedy=f"start_server({model.name!r}, adapters=[...])",
             )
-        return _serve(model.inference_model, port)
+        return _serve(lambda: model.inference_model, port)
     name = read_path(model, "model", "a loaded model, or the name or folder of one")
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
@@ -186,8 +186,8 @@ def start_server(
     return _serve(lambda: load_adapters(name, adapter_names, **loading), port)
 
 
-def _serve(model: InferenceModel | Callable[[], InferenceModel], port: int) -> ModelServer:
-    """Bind the port, load the model if it is a function, and start the server."""
+def _serve(load: Callable[[], InferenceModel], port: int) -> ModelServer:
+    """Bind the port before the model is loaded, and start the server."""
     from finesight.model.vlm import VisionLanguageModel
     from finesight.serve.http_protocol import bind_socket
 
@@ -197,7 +197,7 @@ def _serve(model: InferenceModel | Callable[[], InferenceModel], port: int) -> M
         error.remedy = "port=0 chooses a free port, or stop the other program"
         raise
     try:
-        inference_model = model() if callable(model) else model
+        inference_model = load()
         if not isinstance(inference_model.model, VisionLanguageModel):
             raise _build_family_error()
     except BaseException:

@@ -97,7 +97,7 @@ def train(
         if reward_list:
             recipe["rewards"] = [_build_reward(reward, functions) for reward in reward_list]
         callback_list = _as_list(callbacks)
-        world_size = _read_world_size()
+        world_size = read_world_size()
         check_callbacks(callback_list, world_size)
         _check_single_process([*functions], world_size)
         splits = {name: split for name, split in both_splits.items() if split is not None}
@@ -196,7 +196,7 @@ def _build_reward(reward: Reward, functions: dict[str, PythonFunction]) -> str |
     return {**reward, "name": read_function(reward.get("name", ""), "rewards", functions)}
 
 
-def _read_world_size() -> int:
+def read_world_size() -> int:
     """Return the number of processes. The training reports an invalid variable."""
     text = os.environ.get("WORLD_SIZE", "1")
     return int(text) if text.isdecimal() else 1

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finesight.data.memory_samples import Sample
-from finesight.data.sample import Sample as FileSample
+from finesight.data.sample import Sample
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
@@ -74,7 +73,7 @@ class BatchLoader:
             for one in step_batch.skipped:
                 self.console.log(f"skipped {one.id}: {one.reason}")
             if step_batch.packs:
-                yield tuple(map(number_responses, step_batch.packs))
+                yield tuple(map(index_responses, step_batch.packs))
 
 
 def add_inputs(batch: Sequence[PackedBatch], inputs: Mapping[str, Sequence[Tensor]]) -> Batch:
@@ -83,7 +82,7 @@ def add_inputs(batch: Sequence[PackedBatch], inputs: Mapping[str, Sequence[Tenso
     Raises:
         UserError: The number of tensors or their lengths differ from those of the packs.
     """
-    check_batch(batch)
+    check_batch(batch, "add_inputs")
     packs = list(batch)
     for name, tensors in inputs.items():
         if name in OWN_INPUTS:
@@ -140,7 +139,7 @@ def pack_group(
         yield replace(packed_batch, loss_inputs=loss_inputs)
 
 
-def check_kinds(samples: Iterable[Sample | FileSample], family: str, *, is_native: bool) -> None:
+def check_kinds(samples: Iterable[Sample], family: str, *, is_native: bool) -> None:
     """Verify that a loss function can tell the answers of samples apart."""
     for position, sample in enumerate(samples):
         problem = ""
@@ -157,7 +156,7 @@ def check_kinds(samples: Iterable[Sample | FileSample], family: str, *, is_nativ
             )
 
 
-def number_responses(packed_batch: PackedBatch) -> PackedBatch:
+def index_responses(packed_batch: PackedBatch) -> PackedBatch:
     """Add the response of each label to the pack of a pair."""
     # The first sequence is the prompt. Other packs have a sequence per sample.
     if len(packed_batch.lengths) <= len(packed_batch.sample_ids) + 1:
@@ -165,25 +164,25 @@ def number_responses(packed_batch: PackedBatch) -> PackedBatch:
     return replace(packed_batch, loss_inputs={"response_L": find_responses(packed_batch)})
 
 
-def check_batch(batch: Sequence[PackedBatch]) -> None:
+def check_batch(batch: Sequence[PackedBatch], where: str) -> None:
     """Verify the type of a batch, which has at least one pack."""
     is_list = isinstance(batch, list | tuple)
     if is_list and batch and all(isinstance(one, PackedBatch) for one in batch):
         return
     raise UserError(
         f"a batch of {len(batch)} packs" if is_list and not batch else f"{batch!r:.60}",
-        where="forward_backward",
+        where=where,
         expected="at least one pack of encode, load_batches or encode_responses",
         remedy="pass client.encode(samples), and leave out the step if there are no packs",
     )
 
 
-def check_single_answers(batch: Sequence[PackedBatch], temperature: float) -> None:
+def check_single_answers(batch: Sequence[PackedBatch], temperature: float, where: str) -> None:
     """Verify that the cross entropy would not raise the probability of rejected answers."""
     if temperature != 1.0:
         raise UserError(
             f"temperature={temperature!r:.60} without a loss function",
-            where="forward_backward",
+            where=where,
             expected="a temperature for a loss function only",
             remedy="remove it, or pass loss=FUNCTION",
         )
@@ -191,7 +190,7 @@ def check_single_answers(batch: Sequence[PackedBatch], temperature: float) -> No
         if "response_L" in one.loss_inputs and "sampled_logps_L" not in one.loss_inputs:
             raise UserError(
                 f"a rejected answer in sample {one.sample_ids[0]!r:.80}",
-                where="forward_backward",
+                where=where,
                 expected="a loss function, which compares the answers of a pair",
                 remedy="pass loss=FUNCTION, or leave out rejected to train on the answer",
             )

@@ -55,7 +55,12 @@ from finesight.model.lora.peft_io import save_adapter
 from finesight.model.vlm import VisionLanguageModel
 from finesight.objective_components import OBJECTIVES
 from finesight.operations.operation import StrPath, check_counts
-from finesight.operations.python_training import build_settings, read_path, translate_remedies
+from finesight.operations.python_training import (
+    build_settings,
+    read_path,
+    read_world_size,
+    translate_remedies,
+)
 from finesight.operations.training_batch import (
     Batch,
     BatchLoader,
@@ -64,7 +69,7 @@ from finesight.operations.training_batch import (
     check_batch,
     check_kinds,
     check_single_answers,
-    number_responses,
+    index_responses,
     pack_group,
 )
 from finesight.progress import ProgressConsole
@@ -173,7 +178,7 @@ class TrainingClient:
             UserError: The model or a setting is invalid.
         """
         _check_settings(settings)
-        if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        if read_world_size() > 1:
             raise UserError(
                 "a training client in a training with several processes",
                 where="TrainingClient",
@@ -257,7 +262,7 @@ class TrainingClient:
             UserError: A sample is invalid, has no answer or exceeds `data.max_length`.
         """
         max_length = self._checked.recipe.data.max_length
-        with _locate_briefly(samples) as located:
+        with _locate_temporarily(samples) as located:
             self._check_kinds(one.sample for one in located)
             with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
                 encoded = [*pool.map(self.renderer.encode, located)]
@@ -273,7 +278,7 @@ class TrainingClient:
         packs = []
         for group in positions:
             packed_batch = pack([encoded[position] for position in group], None, prefix_length)
-            packs.append(number_responses(packed_batch))
+            packs.append(index_responses(packed_batch))
         return tuple(packs)
 
     @translate_remedies()
@@ -351,7 +356,6 @@ class TrainingClient:
             UserError: The batch is empty, has pairs without a loss function, or the function
                 returns no scalar with a gradient; or the memory is full.
         """
-        check_batch(batch)
         if not torch.is_grad_enabled():
             raise UserError(
                 "gradients are disabled, as within torch.no_grad()",
@@ -359,9 +363,7 @@ class TrainingClient:
                 expected="enabled gradients",
                 remedy="call client.forward(batch) for a loss without gradients",
             )
-        if loss is None:
-            check_single_answers(batch, temperature)
-        objective = self._build_objective(loss, temperature)
+        objective = self._select_objective(batch, loss, temperature, "forward_backward")
         scale = self._loss_scaler.scale
         loss_weight = self._build_weight(batch, loss, scale)
         total = torch.zeros((), device=self._hardware.device)
@@ -371,7 +373,7 @@ class TrainingClient:
         except BaseException as error:
             self.zero_grad()
             if isinstance(error, torch.OutOfMemoryError):
-                raise _build_memory_error(batch) from error
+                raise _build_memory_error(batch, "forward_backward") from error
             raise
         self._loss_sum += total
         return total / scale
@@ -390,10 +392,7 @@ class TrainingClient:
         Raises:
             UserError: As in `forward_backward`.
         """
-        check_batch(batch)
-        if loss is None:
-            check_single_answers(batch, temperature)
-        objective = self._build_objective(loss, temperature)
+        objective = self._select_objective(batch, loss, temperature, "forward")
         loss_weight = self._build_weight(batch, loss, 1.0)
         total = torch.zeros((), device=self._hardware.device)
         try:
@@ -404,7 +403,7 @@ class TrainingClient:
                     losses = forward_backward(self.model, objective, pack_on_device, None, inputs)
                     total += losses[0]
         except torch.OutOfMemoryError as error:
-            raise _build_memory_error(batch) from error
+            raise _build_memory_error(batch, "forward") from error
         return total
 
     def compute_logps(
@@ -430,14 +429,27 @@ class TrainingClient:
         self.forward(batch, record, temperature=temperature)
         return found
 
-    def _build_objective(self, loss: LossFunction | None, temperature: float) -> Objective[Any]:
+    def _select_objective(
+        self,
+        batch: Sequence[PackedBatch],
+        loss: LossFunction | None,
+        temperature: float,
+        where: str,
+    ) -> Objective[Any]:
+        """Check the arguments of a loss, and return its objective.
+
+        Args:
+            where: Name of the method, for errors.
+        """
+        check_batch(batch, where)
         if loss is None:
+            check_single_answers(batch, temperature, where)
             return self._cross_entropy
         is_valid = isinstance(temperature, Real) and 0 < temperature < math.inf
         if not callable(loss) or not is_valid:
             raise UserError(
                 f"loss={loss!r:.60}, temperature={temperature!r:.60}",
-                where="forward_backward",
+                where=where,
                 expected="a function of log-probabilities and inputs, and a number above 0",
                 remedy="such as loss=lambda logps_L, inputs: -logps_L.sum()",
             )
@@ -565,7 +577,10 @@ class TrainingClient:
                 expected="a natively implemented model family",
                 remedy="choose another model, or save the weights and use finesight.load",
             )
-        with _locate_briefly(prompts) as located, ThreadPoolExecutor(NUM_READER_THREADS) as pool:
+        with (
+            _locate_temporarily(prompts) as located,
+            ThreadPoolExecutor(NUM_READER_THREADS) as pool,
+        ):
             encoded = [*pool.map(self.renderer.encode_prompt, located)]
         name = f"seed {seed}"
         if seed is None:
@@ -768,17 +783,17 @@ class TrainingClient:
 
 
 @contextmanager
-def _locate_briefly(samples: Sequence[AnySample]) -> Iterator[list[LocatedSample]]:
+def _locate_temporarily(samples: Sequence[AnySample]) -> Iterator[list[LocatedSample]]:
     """Write the images of samples to files that exist within the context."""
     with TemporaryDirectory(prefix="finesight-images-") as folder:
         yield locate_samples(samples, ImageStore(Path(folder)))
 
 
-def _build_memory_error(batch: Sequence[PackedBatch]) -> UserError:
+def _build_memory_error(batch: Sequence[PackedBatch], where: str) -> UserError:
     largest = max(batch, key=lambda one: one.num_tokens)
     return UserError(
         f"the GPU memory is full in a pack of {largest.num_tokens:,} tokens",
-        where="forward_backward",
+        where=where,
         expected="memory for each pack",
         remedy="create the client with a smaller pack_tokens, activation_checkpointing=True, or a"
         " smaller image size",

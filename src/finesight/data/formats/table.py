@@ -87,7 +87,7 @@ from finesight.data.sample import (
     join_text,
     list_coordinates,
 )
-from finesight.errors import UserError, describe_choices, suggest_name
+from finesight.errors import UserError, describe_choices, format_count, suggest_name
 
 _COLUMN_ROLES = ("image", "answer", "question", "box", "label")
 MEDIA_ROLES = ("image", "video")
@@ -856,17 +856,15 @@ def _require_texts(
     for name, cell in zip(names, cells, strict=True):
         is_options = name.lower() in _OPTION_LISTS
         value = cell
-        notation = ""
+        text = ""
         if is_options and isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-            value = decode_json_list(cell, (str, int, float, list, tuple, dict))
-            notation = "python"
-            with suppress(ValueError):
-                json.loads(cell)
-                notation = "json"
+            text = cell
+            value = decode_json_list(text, (str, int, float, list, tuple, dict))
         if not has_value(cell) or not _is_structure(value):
             continue
         if is_options and isinstance(value, list) and _has_texts(value):
             continue
+        notation = _find_notation(text) if text else ""
         remedy = "write one text into each cell, or name a column of texts"
         choices = _find_choices(name, value)
         is_path = all(map(_PATH_NAME.fullmatch, [*names, *columns.values()]))
@@ -886,6 +884,15 @@ def _require_texts(
             "texts or numbers, or a list of them under a name such as options",
             remedy,
         )
+
+
+def _find_notation(text: str) -> str:
+    """Return the value of `parse` in a mapping for a list or an object as text."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return "python"
+    return "json"
 
 
 def _is_structure(value: object) -> bool:
@@ -1312,7 +1319,7 @@ def create_labelled_boxes(
     labels = {part.label for part in parts}
     named = labels - {"", None}
     if named and named != labels:
-        problem = f"a box without a label beside {len(named)} labels"
+        problem = f"a box without a label beside {format_count(len(named), 'label')}"
         raise InvalidRowError(problem, "a label for each box", "add the label, or remove the row")
     omitted: dict[str, InvalidBoxError] = {}
     for (_, label), box in zip(pairs, found, strict=True):

@@ -94,7 +94,7 @@ def test_prompt_lists_the_labels_of_a_table(source, tmp_path, cli):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("car", "a box without a label beside 1 labels"),
+        ("car", "a box without a label beside 1 label"),
         ("", "2 boxes without a label, because class is empty"),
     ],
 )

@@ -13,7 +13,8 @@ from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
 from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import UserError
-from finesight.model.hf_backend import HfModel, load_auto_model, load_hf_model
+from finesight.model.backend import load_auto_model
+from finesight.model.hf_backend import HfModel, load_hf_model
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model_folder import ModelFolder
 from finesight.train.objectives.objective import fused_linear_cross_entropy

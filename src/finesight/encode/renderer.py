@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -337,6 +337,8 @@ class Renderer(ABC):
     """Converts samples to tokens and image inputs, and completions to answers.
 
     Attributes:
+        is_native: Whether the family is native, so that the frames of boxes are known, images can
+            be augmented, and runs can be planned.
         system_prompt: System prompt of samples without one; None for the default of the model.
         responses: Samples whose answers are rendered as responses; preference pairs by default.
         objective: Value of `train.objective`, for errors.
@@ -347,6 +349,7 @@ class Renderer(ABC):
         renders_reasoning: Whether the reasoning of assistant turns is separated from their answers.
     """
 
+    is_native: ClassVar[bool] = False
     responses: Responses = "pairs"
     objective: str | None = None
     accepted_samples: frozenset[SampleKind] | None = None
@@ -358,6 +361,11 @@ class Renderer(ABC):
     system_prompt: str | None
     tokenizer: TextTokenizer
     end_ids: tuple[int, ...]
+
+    @property
+    def native(self) -> NativeRenderer:
+        """This renderer, of a native family."""
+        raise AssertionError(f"{type(self).__name__} is no renderer of a native family")
 
     @property
     def has_reasoning(self) -> bool:
@@ -539,6 +547,8 @@ class NativeRenderer(Renderer):
     which would merge with the newline of the prompt.
     """
 
+    is_native = True
+
     def __init__(
         self,
         folder: ModelFolder,
@@ -564,6 +574,10 @@ class NativeRenderer(Renderer):
         self.end_ids = (self.tokenizer.token_to_id(IM_END), self.tokenizer.token_to_id(END_OF_TEXT))
         for token, key in self.family.token_id_keys.items():
             self._check_token_id(folder, key, token)
+
+    @property
+    def native(self) -> NativeRenderer:
+        return self
 
     @property
     def has_reasoning(self) -> bool:

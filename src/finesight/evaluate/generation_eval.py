@@ -36,7 +36,7 @@ from finesight.evaluate.task_metrics import (
 from finesight.infer.prediction import Prediction, predict
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.metric_components import METRICS
-from finesight.model.hf_backend import AnyModel
+from finesight.model.backend_model import BackendModel
 from finesight.model_folder import check_model_path
 from finesight.recipe import load_recipe
 
@@ -246,7 +246,7 @@ def _ended_within_reasoning(prediction: Prediction) -> bool:
 
 
 def evaluate(
-    model: AnyModel,
+    model: BackendModel,
     renderer: Renderer,
     samples: Sequence[LocatedSample],
     settings: EvalSettings,
@@ -313,7 +313,7 @@ def select_questions(
 
 
 def generate_predictions(
-    model: AnyModel,
+    model: BackendModel,
     renderer: Renderer,
     samples: Sequence[LocatedSample],
     settings: EvalSettings,

@@ -8,23 +8,21 @@ finished sequence therefore decodes one more token, which is discarded.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from finesight.encode.batch import copy_to_device
-from finesight.encode.hf_renderer import import_transformers
-from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.block_manager import BlockManager
+from finesight.infer.hf_engine import HfEngine
 from finesight.infer.kv_cache import KVCache, get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import EngineEvent, FinishReason, GeneratedToken, GenerationRequest
@@ -40,7 +38,8 @@ from finesight.infer.token_sampler import (
     TokenSampler,
     sample_tokens,
 )
-from finesight.model.hf_backend import AnyModel, HfModel
+from finesight.model.backend import as_native, as_transformers
+from finesight.model.backend_model import BackendModel
 from finesight.model.vlm import VisionLanguageModel
 
 KV_CACHE_BYTES = 7 << 30
@@ -53,6 +52,49 @@ CPU_BLOCK_SIZE = 16
 
 Blocks are small, because each step copies those of a sequence.
 """
+
+
+class InferenceEngine(Protocol):
+    """Interface of the engines of both backends. It is not thread-safe."""
+
+    block_size: int
+    """Tokens per KV-cache block; 0 without a KV cache of its own."""
+
+    @property
+    def has_work(self) -> bool:
+        """True while any request is unfinished, or has events."""
+
+    @property
+    def num_running(self) -> int:
+        """Number of admitted sequences."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests in the queue."""
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Number of KV-cache blocks that can be allocated."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of KV-cache blocks for sequences."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of prompt and completion tokens of a request."""
+
+    def get_max_new_tokens(self, prompt: EncodedSample) -> int:
+        """Return the maximum number of completion tokens for a prompt."""
+
+    def add_request(self, request: GenerationRequest) -> int:
+        """Queue a request of at most `get_max_new_tokens` tokens and return its id."""
+
+    def cancel(self, request_id: int) -> None:
+        """Cancel a request, unless it is finished."""
+
+    def step(self) -> list[EngineEvent]:
+        """Run one step, and return its events."""
 
 
 class Engine:
@@ -83,6 +125,7 @@ class Engine:
         """
         self.model = model
         self._end_ids = frozenset(end_ids)
+        self._num_cache_tokens = num_cache_tokens
         weight = model.model.embed_tokens.weight
         self.block_size = CPU_BLOCK_SIZE
         self._max_pending = 0
@@ -139,6 +182,11 @@ class Engine:
         """Number of KV-cache blocks for sequences, without the reserved block."""
         return self._scheduler.block_manager.num_blocks - 1
 
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of prompt and completion tokens of a request."""
+        return min(self._num_cache_tokens, self.model.max_position_embeddings)
+
     def clear_caches(self) -> None:
         """Clear the prefix cache and the image-feature cache after the weights have changed."""
         assert not self.has_work, "the engine has unfinished requests"
@@ -151,7 +199,7 @@ class Engine:
 
         The size of the KV cache and the model's `max_position_embeddings` limit it.
         """
-        max_positions = self.model.config.decoder.max_position_embeddings
+        max_positions = self.model.max_position_embeddings
         last_position = int(prompt.tokenized.position_ids_3T.max())
         prompt_length = prompt.tokenized.num_tokens
         capacity = self.num_blocks * self.block_size
@@ -396,109 +444,6 @@ def _build_overflow_error(model: VisionLanguageModel) -> UserError:
     )
 
 
-class HfEngine:
-    """Engine for families without native code, with the interface of `Engine`.
-
-    It decodes greedily with transformers, and generates one full completion per step. `on_progress`
-    is called with 0 for each token. It may raise an exception to stop the generation.
-    """
-
-    num_free_blocks = num_blocks = block_size = num_running = 0
-
-    def __init__(
-        self,
-        model: HfModel,
-        end_ids: Sequence[int],
-        on_progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self.model = model
-        self._end_ids = end_ids
-        self._on_progress = on_progress
-        self._request_ids = itertools.count()
-        self._waiting: deque[tuple[int, GenerationRequest]] = deque()
-        self._events: list[EngineEvent] = []
-
-    @property
-    def has_work(self) -> bool:
-        """True while any request or event is pending."""
-        return bool(self._waiting or self._events)
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of queued requests."""
-        return len(self._waiting)
-
-    def get_max_new_tokens(self, prompt: EncodedSample) -> int:
-        """Return the maximum completion length, limited by the positions of the model."""
-        return max(1, self.model.max_position_embeddings - prompt.tokenized.num_tokens)
-
-    def add_request(self, request: GenerationRequest) -> int:
-        """Queue a request and return its id."""
-        native_only = {
-            "temperature": not request.sampling_params.is_greedy,
-            "repetition_penalty": request.sampling_params.repetition_penalty != 1.0,
-            "logprobs": request.logprobs is not None,
-            "a decoding constraint": request.constraint is not None,
-        }
-        unsupported = [name for name, is_requested in native_only.items() if is_requested]
-        if unsupported:
-            raise UserError(
-                f"{' and '.join(unsupported)}: not supported by the transformers backend",
-                where="sampling",
-                expected="greedy decoding for a family without native code",
-                remedy="remove the option",
-            )
-        request_id = next(self._request_ids)
-        self._waiting.append((request_id, request))
-        return request_id
-
-    def cancel(self, request_id: int) -> None:
-        """Cancel a queued request."""
-        waiting = [item for item in self._waiting if item[0] != request_id]
-        if len(waiting) < len(self._waiting):
-            self._waiting = deque(waiting)
-            self._events.append(EngineEvent(request_id, finish_reason="cancelled"))
-
-    def step(self) -> list[EngineEvent]:
-        """Generate the full completion of the next request and return its events."""
-        if self._waiting and not self._events:
-            request_id, request = self._waiting.popleft()
-            ids = self._generate(request)
-            self._events += [EngineEvent(request_id, GeneratedToken(id_)) for id_ in ids]
-            finish_reason: FinishReason = "length"
-            if ids and ids[-1] in self._end_ids:
-                finish_reason = "stop"
-            self._events.append(EngineEvent(request_id, finish_reason=finish_reason))
-        events = self._events
-        self._events = []
-        return events
-
-    @torch.no_grad()
-    def _generate(self, request: GenerationRequest) -> list[int]:
-        package = import_transformers()
-
-        def report_token(ids_1T: Tensor, scores: object, **_: Any) -> Tensor:
-            if self._on_progress is not None:
-                self._on_progress(0)
-            return torch.zeros(len(ids_1T), dtype=torch.bool, device=ids_1T.device)
-
-        generation_config = package.GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=request.max_new_tokens,
-            eos_token_id=list(self._end_ids),
-            pad_token_id=self._end_ids[0],
-        )
-        batch = pack([request.prompt]).to(self.model.inner.device)
-        output_ids_1T = self.model.inner.generate(
-            **self.model.prepare_inputs(batch),
-            generation_config=generation_config,
-            stopping_criteria=package.StoppingCriteriaList([report_token]),
-        )
-        output_ids: list[int] = output_ids_1T[0, request.prompt.tokenized.num_tokens :].tolist()
-        return output_ids
-
-
 def compute_required_tokens(
     model: VisionLanguageModel,
     prompt_lengths: Sequence[int],
@@ -510,7 +455,7 @@ def compute_required_tokens(
     The cache fits the prompts with their completions, up to `KV_CACHE_BYTES` or a share of the GPU
     memory, and always at least one sequence.
     """
-    max_completion = min(max_new_tokens, model.config.decoder.max_position_embeddings)
+    max_completion = min(max_new_tokens, model.max_position_embeddings)
     # One block more per sequence for its partially filled last block.
     lengths = [length + max_completion + GPU_BLOCK_SIZE for length in prompt_lengths]
     weight = model.model.embed_tokens.weight
@@ -523,21 +468,23 @@ def compute_required_tokens(
 
 
 def build_engine(
-    model: AnyModel,
+    model: BackendModel,
     end_ids: Sequence[int],
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
-) -> Engine | HfEngine:
+) -> InferenceEngine:
     """Build an engine whose KV cache suits the given prompts.
 
     Args:
         batch_size: Maximum number of concurrent sequences.
         on_progress: Called with 0 for each token of a family without native code.
     """
-    if isinstance(model, HfModel):
-        return HfEngine(model, end_ids, on_progress)
+    if not model.capabilities.batches:
+        return HfEngine(as_transformers(model), end_ids, on_progress)
     lengths = sorted(prompt_lengths or [1], reverse=True)[: max(1, batch_size)]
-    num_cache_tokens = compute_required_tokens(model, lengths, max_new_tokens)
-    return Engine(model, end_ids, max_num_seqs=len(lengths), num_cache_tokens=num_cache_tokens)
+    num_cache_tokens = compute_required_tokens(as_native(model), lengths, max_new_tokens)
+    return Engine(
+        as_native(model), end_ids, max_num_seqs=len(lengths), num_cache_tokens=num_cache_tokens
+    )

@@ -20,7 +20,8 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
 from finesight.errors import UserError, format_count
 from finesight.infer.block_manager import hash_images
-from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, HfEngine
+from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, InferenceEngine
+from finesight.infer.hf_engine import HfEngine
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, build_prediction
@@ -33,8 +34,8 @@ from finesight.infer.request import (
     GenerationRequest,
     TokenUsage,
 )
+from finesight.model.backend import as_native, as_transformers
 from finesight.model.config import DecoderConfig
-from finesight.model.hf_backend import HfModel
 from finesight.model.vlm import VisionLanguageModel
 
 DEFAULT_MAX_WAITING = 256
@@ -415,20 +416,13 @@ class InferenceService:
         self._max_waiting = max_waiting
         self._max_num_seqs = max_num_seqs
         self._num_cache_tokens = 0
-        if isinstance(model, VisionLanguageModel):
-            config = model.config.decoder
-            weight = model.model.embed_tokens.weight
-            if kv_cache_bytes is None and weight.is_cuda:
-                free_bytes = torch.cuda.mem_get_info(weight.device)[0]
-                kv_cache_bytes = compute_kv_cache_bytes(
-                    config, weight.dtype, free_bytes, max_num_seqs
-                )
-            kv_cache_bytes = kv_cache_bytes or CPU_KV_CACHE_BYTES
-            self._num_cache_tokens = min(
-                kv_cache_bytes // get_kv_bytes_per_token(config, weight.dtype),
-                max_num_seqs * config.max_position_embeddings,
+        if model.capabilities.batches:
+            self._num_cache_tokens = _count_cache_tokens(
+                as_native(model), kv_cache_bytes, max_num_seqs
             )
         self._engine = self._create_engine(max_num_seqs, self._num_cache_tokens)
+        self.max_model_len = self._engine.max_model_len
+        """Maximum number of prompt and completion tokens of a request."""
         self._lock = threading.Condition()
         self._new_requests: list[tuple[GenerationStream, GenerationRequest]] = []
         self._cancelled: list[GenerationStream] = []
@@ -454,13 +448,6 @@ class InferenceService:
         if not self.renderer.has_thinking_modes:
             return None
         return self.select_renderer(None, DEFAULT_THINKING).has_reasoning
-
-    @property
-    def max_model_len(self) -> int:
-        """Maximum number of prompt and completion tokens of a request."""
-        if isinstance(self._model, HfModel):
-            return self._model.max_position_embeddings
-        return min(self._num_cache_tokens, self._model.config.decoder.max_position_embeddings)
 
     def submit(
         self,
@@ -590,11 +577,11 @@ class InferenceService:
             return
         raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
 
-    def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> Engine | HfEngine:
-        if isinstance(self._model, HfModel):
-            return HfEngine(self._model, self.renderer.end_ids)
+    def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> InferenceEngine:
+        if not self._model.capabilities.batches:
+            return HfEngine(as_transformers(self._model), self.renderer.end_ids)
         return Engine(
-            self._model,
+            as_native(self._model),
             self.renderer.end_ids,
             max_num_seqs=max_num_seqs,
             num_cache_tokens=num_cache_tokens,
@@ -687,14 +674,30 @@ def fit_num_seqs(inference_model: InferenceModel, max_num_seqs: int) -> int:
     With linear attention, the memory of `GPU_MEMORY_FRACTION` contains the states of each sequence
     and its blocks in the KV cache, with `EXPECTED_PROMPT_TOKENS` and `DEFAULT_MAX_NEW_TOKENS`.
     """
-    model = inference_model.model
-    if isinstance(model, HfModel):
+    if not inference_model.model.capabilities.batches:
         return max_num_seqs
+    model = as_native(inference_model.model)
     weight = model.model.embed_tokens.weight
     if weight.device.type != "cuda" or model.config.decoder.linear_attention is None:
         return max_num_seqs
     free_bytes = torch.cuda.mem_get_info(weight.device)[0]
     return compute_num_seqs(model.config.decoder, weight.dtype, free_bytes, max_num_seqs)
+
+
+def _count_cache_tokens(
+    model: VisionLanguageModel, kv_cache_bytes: int | None, max_num_seqs: int
+) -> int:
+    """Return the size of the KV cache in tokens, by default that of the free GPU memory."""
+    config = model.config.decoder
+    weight = model.model.embed_tokens.weight
+    if kv_cache_bytes is None and weight.is_cuda:
+        free_bytes = torch.cuda.mem_get_info(weight.device)[0]
+        kv_cache_bytes = compute_kv_cache_bytes(config, weight.dtype, free_bytes, max_num_seqs)
+    kv_cache_bytes = kv_cache_bytes or CPU_KV_CACHE_BYTES
+    return min(
+        kv_cache_bytes // get_kv_bytes_per_token(config, weight.dtype),
+        max_num_seqs * config.max_position_embeddings,
+    )
 
 
 def compute_num_seqs(

@@ -26,7 +26,8 @@ from finesight.manifest import (
     find_run_dir,
     load_manifest,
 )
-from finesight.model.hf_backend import AnyModel, load_auto_model
+from finesight.model.backend import as_native, load_auto_model
+from finesight.model.backend_model import BackendModel
 from finesight.model.kernels.runtime import load_compiler_in_background
 from finesight.model.linear import LoraLinear
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
@@ -37,7 +38,6 @@ from finesight.model.lora.peft_io import (
     save_adapter,
 )
 from finesight.model.trainable import ModelPart, configure_tuning
-from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES
 from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
 from finesight.setting_types import WeightFormat
@@ -55,7 +55,7 @@ class InferenceModel:
         prompt_formats: Form of questions by model name; that of `manifest` for other names.
     """
 
-    model: AnyModel
+    model: BackendModel
     renderer: Renderer
     adapters: Mapping[str, int | None]
     thinking_modes: Mapping[str, bool] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def _load_base_model(
     precision: Precision,
     weight_format: WeightFormat,
     thinking: ThinkingOptions,
-) -> tuple[AnyModel, Renderer]:
+) -> tuple[BackendModel, Renderer]:
     torch_device = resolve_device(device)
     with load_compiler_in_background(torch_device):
         # The renderer reads small files and rejects an unsupported family before weights are
@@ -198,10 +198,8 @@ def load_multi_adapter_model(
         load_adapter(model, source.adapter, base_folder=base_source.folder)
         adapter_indices[name] = len(adapters)
         adapters.append(detach_adapter(model))
-    assert isinstance(model, VisionLanguageModel), (
-        f"adapters are not supported by {type(model).__name__}"
-    )
-    model.lora_routing = install_lora_routing(model, adapters)
+    native_model = as_native(model)
+    native_model.lora_routing = install_lora_routing(native_model, adapters)
     model.eval()
     if base_source.adapter is not None:
         adapter_indices[BASE_MODEL_NAME] = None

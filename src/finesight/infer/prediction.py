@@ -39,12 +39,12 @@ from finesight.errors import format_count
 from finesight.infer.engine import (
     GPU_BLOCK_SIZE,
     Engine,
-    HfEngine,
+    InferenceEngine,
     build_engine,
     compute_required_tokens,
 )
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
-from finesight.model.hf_backend import AnyModel, HfModel
+from finesight.model.backend_model import BackendModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import find_free_path, make_folder, write_new_file
 from finesight.vision.image_processing import load_image
@@ -167,7 +167,7 @@ def build_question(
 
 
 def predict(
-    model: AnyModel,
+    model: BackendModel,
     renderer: Renderer,
     samples: Sequence[LocatedSample],
     *,
@@ -232,7 +232,7 @@ def predict(
                     break
                 except torch.OutOfMemoryError:
                     batch_size = min(batch_size, len(prompt_reader.remaining)) // 2
-                    if not batch_size or isinstance(model, HfModel):
+                    if not (batch_size and model.capabilities.batches):
                         raise
                 # After the except block, no exception references frames that hold GPU memory.
                 gc.collect()
@@ -244,7 +244,7 @@ def predict(
 
 
 def iter_completions(
-    engine: Engine | HfEngine,
+    engine: InferenceEngine,
     requests: Iterable[tuple[int, GenerationRequest]],
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,

@@ -54,7 +54,6 @@ from finesight.label.label_store import (
     get_text,
     list_boxes,
 )
-from finesight.model.hf_backend import HfModel
 
 
 class JsonLeaf(NamedTuple):
@@ -87,7 +86,7 @@ def suggest_labels(
         UserError: The model has no native code, so its token probabilities are unknown.
     """
     model, renderer = inference_model.model, inference_model.renderer
-    if isinstance(model, HfModel):
+    if not model.capabilities.logprobs:
         raise UserError(
             "the transformers backend has no token probabilities",
             where="label",

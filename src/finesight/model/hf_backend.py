@@ -1,4 +1,4 @@
-"""Models without a native implementation through transformers, and loading of any family.
+"""Models without a native implementation, which run through transformers.
 
 The transformers backend processes one sample at a time.
 """
@@ -15,24 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.encode.batch import PackedBatch
-from finesight.encode.renderer import is_native
 from finesight.errors import UserError
+from finesight.model.backend_model import BackendModel, Capabilities
 from finesight.model.families import KeyMapping
 from finesight.model.linear import FusedLinear, single_output
-from finesight.model.trainable import HF_PREFIX, ModelPart
-from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import copy_model_files, load_model, save_model
+from finesight.model.trainable import HF_PREFIX
+from finesight.model.weights_io import copy_model_files
 from finesight.model_folder import ModelFolder
 from finesight.setting_types import WeightFormat
 from finesight.storage import DIGESTS_FILE, verify_folder
-
-LIMITATIONS = (
-    "has no native implementation in finesight and runs through transformers. Samples run one at a "
-    "time, without packing; images are processed again in every epoch, and once more to count "
-    "tokens; FLOPs are not counted; boxes, videos, tune.quantize and merging are not "
-    "supported; experts of a mixture are trained completely or not at all"
-)
-"""Limitations of this backend, logged after the family name at the start of a run."""
 
 NUM_COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared to check the output head."""
@@ -55,15 +46,23 @@ class HfLinear(FusedLinear):
         return single_output(super().forward(x))
 
 
-class HfModel(nn.Module):
+class HfModel(BackendModel):
     """Wrapper of a transformers model (`inner`) for training and inference.
 
     Linear layers except the output head are replaced by `HfLinear`, which supports adapters.
     Parameter names are those of transformers with the prefix `inner.`.
     """
 
-    adapter_key_mappings: tuple[KeyMapping, ...] = (((HF_PREFIX, ""),),)
-    """Supported mappings between native layer names and PEFT module names."""
+    capabilities = Capabilities(
+        batches=False, logprobs=False, image_features=False, kernels=False, flops=False
+    )
+    limitations = (
+        "has no native implementation in finesight and runs through transformers. Samples run one"
+        " at a time, without packing; images are processed again in every epoch, and once more to"
+        " count tokens; FLOPs are not counted; boxes, videos, tune.quantize and merging are not"
+        " supported; experts of a mixture are trained completely or not at all"
+    )
+    adapter_key_mappings = (((HF_PREFIX, ""),),)
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -112,9 +111,14 @@ class HfModel(nn.Module):
             inputs[name] = value.to(dtype) if value.is_floating_point() else value
         return inputs
 
-    def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
-        """Compute the normalized hidden states [L, D] of the tokens that need logits."""
+    def forward(
+        self,
+        batch: PackedBatch,
+        features_MKD: Tensor | None = None,
+        dropout_seed_1: Tensor | None = None,
+    ) -> Tensor:
         assert features_MKD is None, "cached image features are not supported"
+        assert dropout_seed_1 is None, "CUDA graphs are not supported"
         if not self._head_checked:
             self._check_head(batch)
             self._head_checked = True
@@ -235,25 +239,8 @@ def load_hf_model(
     return HfModel(inner.to(device)).eval()
 
 
-AnyModel = VisionLanguageModel | HfModel
-
-
-def load_auto_model(
-    folder: ModelFolder,
-    dtype: torch.dtype,
-    device: torch.device,
-    nf4_parts: Collection[ModelPart] = (),
-    weight_format: WeightFormat = "auto",
-    fp8_parts: Collection[ModelPart] = (),
-) -> AnyModel:
-    loader = load_model if is_native(folder) else load_hf_model
-    return loader(folder, dtype, device, nf4_parts, weight_format, fp8_parts)
-
-
-def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    if isinstance(model, VisionLanguageModel):
-        save_model(model, folder, target, dtype)
-        return
+def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+    """Write all weights to `target`, with the other files of the base model in `folder`."""
     copy_model_files(folder, target, dtype)
     state = model.inner.state_dict()
     copies_by_pointer: dict[int, Tensor] = {}

@@ -27,6 +27,7 @@ from finesight.model.attention import (
     exchange_features,
     pad_rows,
 )
+from finesight.model.backend_model import BackendModel, Capabilities
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
 from finesight.model.decoder import DeepstackFeatures, FusibleLayer
 from finesight.model.families import KEY_MAPPINGS, Architecture, KeyMapping
@@ -72,15 +73,17 @@ def load_architecture(family: str) -> Architecture | None:
     return cast(Architecture, FAMILIES.load_half(family, component.architecture, Architecture))
 
 
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(BackendModel):
     """Vision-language model with a native implementation, for training and generation.
 
     Parameters have the published names of the hub, with linear layers of a shared input fused
     (`hub_tensors` in `model.weights_io` lists them separately).
     """
 
-    adapter_key_mappings: tuple[KeyMapping, ...] = KEY_MAPPINGS
-    """Supported mappings between native layer names and PEFT module names."""
+    capabilities = Capabilities(
+        batches=True, logprobs=True, image_features=True, kernels=True, flops=True
+    )
+    adapter_key_mappings = KEY_MAPPINGS
 
     def __init__(
         self, architecture: Architecture, config: ModelConfig, visual: VisionEncoder
@@ -115,8 +118,20 @@ class VisionLanguageModel(nn.Module):
         return weight
 
     @property
+    def max_position_embeddings(self) -> int:
+        return self.config.decoder.max_position_embeddings
+
+    @property
+    def supports_splitting(self) -> bool:
+        # Linear attention layers cannot process a part of a sample.
+        return self.config.decoder.linear_attention is None
+
+    @property
+    def padding_merge_size(self) -> int | None:
+        return self.config.vision.merge_size if self.visual.supports_padding else None
+
+    @property
     def supports_cuda_graphs(self) -> bool:
-        """True if forward passes can be captured as CUDA graphs."""
         weight = self.model.embed_tokens.weight
         linear_attention = self.config.decoder.linear_attention
         if linear_attention is not None and not supports_kernels(linear_attention, weight):
@@ -129,6 +144,9 @@ class VisionLanguageModel(nn.Module):
     @property
     def adapter_key_mapping(self) -> KeyMapping:
         return self.architecture.adapter_key_mapping
+
+    def list_vision_tensors(self) -> list[Tensor]:
+        return [*self.visual.parameters(), *self.visual.buffers()]
 
     def encode_images(self, patches_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
         """Encode uint8 patches to image features [M, K, D]."""
@@ -242,7 +260,6 @@ class VisionLanguageModel(nn.Module):
         features_MKD: Tensor | None = None,
         dropout_seed_1: Tensor | None = None,
     ) -> Tensor:
-        """Compute the normalized hidden states [L, D] of the tokens that need logits."""
         # Features first: the state of the seed's RNG must not depend on cached features.
         features_MKD = self._resolve_features(batch, features_MKD)
         if dropout_seed_1 is None and self.training and batch.ids_T.is_cuda:

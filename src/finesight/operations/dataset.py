@@ -534,10 +534,8 @@ def propose_plan(
     recipe: Path, renderer: Renderer | None, overrides: OverridesArgument = None
 ) -> Step:
     """Return the step that plans a run, or trains it without a plan."""
-    from finesight.encode.renderer import NativeRenderer
-
     operation = "train"
-    if isinstance(renderer, NativeRenderer):
+    if renderer is not None and renderer.is_native:
         operation = "plan"
     return Step(operation, {"recipe": recipe, "overrides": overrides})
 
@@ -570,7 +568,6 @@ def show(
             existing page is replaced, but no other file.
     """
     from finesight.data.corpus import load_corpus
-    from finesight.encode.renderer import NativeRenderer
     from finesight.operations.model import token_table_to_dict
     from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page
@@ -599,7 +596,7 @@ def show(
     selected = {index: corpus.read_validated(index) for index in indices}
     augmenter = None
     if augmented:
-        can_augment = not use_eval_split and isinstance(renderer, NativeRenderer)
+        can_augment = not use_eval_split and renderer.is_native
         split = "eval" if use_eval_split else "train"
         data_name = f"data.{split} of {recipe.name}"
         augmenter = _build_augmenter(settings, data_name, augmented, can_augment=can_augment)
@@ -617,7 +614,7 @@ def show(
     if page_file is None:
         lines = _format_token_tables(renderer.tokenizer, valid, tokenized)
         return Outcome(tokenized, lines, data, [propose_plan(recipe, renderer, overrides)])
-    if not isinstance(renderer, NativeRenderer):
+    if not renderer.is_native:
         raise UserError(
             "HTML pages do not support the transformers backend",
             where=f"--html {html}",
@@ -633,7 +630,7 @@ def show(
         use_language(language or detect_language()),
     ):
         title = translate(text, len(selected), names)
-        page = render_sample_page(renderer, valid, title, on_progress, report_skipped)
+        page = render_sample_page(renderer.native, valid, title, on_progress, report_skipped)
     page_file.write(page)
     return Outcome(tokenized, [f"page: {html}"], data)
 

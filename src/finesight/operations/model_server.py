@@ -188,7 +188,6 @@ def start_server(
 
 def _serve(load: Callable[[], InferenceModel], port: int) -> ModelServer:
     """Bind the port before the model is loaded, and start the server."""
-    from finesight.model.vlm import VisionLanguageModel
     from finesight.serve.http_protocol import bind_socket
 
     try:
@@ -198,7 +197,7 @@ def _serve(load: Callable[[], InferenceModel], port: int) -> ModelServer:
         raise
     try:
         inference_model = load()
-        if not isinstance(inference_model.model, VisionLanguageModel):
+        if not inference_model.model.capabilities.batches:
             raise _build_family_error()
     except BaseException:
         listener.close()

@@ -50,9 +50,9 @@ from finesight.infer.prediction import (
     build_prediction,
 )
 from finesight.manifest import MANIFEST_FILE
+from finesight.model.backend import as_native
 from finesight.model.linear import disable_dropout, stacked_row_counts
 from finesight.model.lora.peft_io import save_adapter
-from finesight.model.vlm import VisionLanguageModel
 from finesight.objective_components import OBJECTIVES
 from finesight.operations.operation import StrPath, check_counts
 from finesight.operations.python_training import (
@@ -570,7 +570,7 @@ class TrainingClient:
         check_counts(
             num_responses=num_responses, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-        if not isinstance(self.model, VisionLanguageModel):
+        if not self.model.capabilities.logprobs:
             raise UserError(
                 f"responses of a model of the family {self._checked.base_model.folder.family}",
                 where="sample",
@@ -619,10 +619,9 @@ class TrainingClient:
         self, requests: Sequence[GenerationRequest], batch_size: int
     ) -> list[list[GeneratedToken]]:
         """Return the tokens of each request, which the model in evaluation mode generates."""
-        assert isinstance(self.model, VisionLanguageModel), "a model of the transformers backend"
         if self._sampler is None or batch_size != self._sample_batch_size:
             self._sampler = ResponseSampler(
-                self.model, self.renderer.end_ids, batch_size, is_sharded=False
+                as_native(self.model), self.renderer.end_ids, batch_size, is_sharded=False
             )
             self._sample_batch_size = batch_size
         # If the memory is full, graphs are released with the gradients of the pack before.

@@ -29,7 +29,7 @@ from finesight.plan.settings_search import (
 from finesight.plan.step_time import TargetDevice, extend_to_gpus
 from finesight.train.dataset_stats import DatasetStats, SampleStats
 from finesight.train.flops import FlopCounter
-from finesight.train.setup import can_split_samples, check_sharding, estimate_sample_cost
+from finesight.train.setup import check_sharding, estimate_sample_cost
 from finesight.train.state import BaseModelRef
 
 
@@ -252,7 +252,7 @@ class PlannedData:
         return StepShares(
             num_ranks,
             lambda sample: estimate_sample_cost(sample, prefix_length, counter),
-            can_split_samples=can_split_samples(recipe, planned.model),
+            can_split_samples=recipe.needs.supports_splitting and planned.model.supports_splitting,
         )
 
 

@@ -27,7 +27,7 @@ from starlette.routing import Route
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
-from finesight.model.vlm import VisionLanguageModel
+from finesight.model.backend import as_native
 from finesight.serve.api_schema import (
     ApiError,
     ClientDisconnectedError,
@@ -335,10 +335,8 @@ def run_api_server(
     be fetched from `allowed_media_hosts`. The header X-Forwarded-For of `trusted_proxies` names the
     client.
     """
-    renderer, model = inference_model.renderer, inference_model.model
-    assert isinstance(model, VisionLanguageModel), f"unsupported model {type(model)}"
-    assert isinstance(renderer, NativeRenderer), f"unsupported renderer {type(renderer)}"
-    vocab_size = model.config.decoder.vocab_size
+    renderer = inference_model.renderer.native
+    vocab_size = as_native(inference_model.model).config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
         folder = stack.enter_context(temporary_folder("serve"))

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from finesight.encode.batch import PackedBatch
 from finesight.model.attention import supports_varlen_attention
+from finesight.model.backend import as_native
+from finesight.model.backend_model import BackendModel
 from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.decoder import FusibleLayer
-from finesight.model.hf_backend import AnyModel
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.device_timing import record_event
@@ -153,21 +154,17 @@ def should_capture(
     return num_tokens <= max_tokens and num_labels > 0
 
 
-def is_capturable(model: AnyModel, device: torch.device) -> bool:
+def is_capturable(model: BackendModel, device: torch.device) -> bool:
     """Return whether the forward and backward pass can be captured as a CUDA graph.
 
     The pass must not synchronize with the host, and attention must read the segment lengths on the
     device.
     """
-    if (
-        not HAS_TRITON
-        or device.type != "cuda"
-        or not isinstance(model, VisionLanguageModel)
-        or not model.supports_cuda_graphs
-    ):
+    if not HAS_TRITON or device.type != "cuda" or not model.supports_cuda_graphs:
         return False
-    head_dim = model.config.decoder.head_dim
-    dtype = model.model.embed_tokens.weight.dtype
+    native_model = as_native(model)
+    head_dim = native_model.config.decoder.head_dim
+    dtype = native_model.model.embed_tokens.weight.dtype
     return supports_varlen_attention(torch.empty(1, 1, head_dim, dtype=dtype, device=device))
 
 
@@ -195,7 +192,7 @@ class ForwardBackward(Protocol):
 
     def __call__(
         self,
-        model: AnyModel,
+        model: BackendModel,
         objective: Objective[Any],
         batch: PackedBatch,
         features_MKD: Tensor | None,
@@ -214,7 +211,7 @@ class CudaGraphRunner:
     def __init__(
         self,
         forward_backward: ForwardBackward,
-        model: AnyModel,
+        model: BackendModel,
         objective: Objective[Any],
         trainable_params: Sequence[nn.Parameter],
         *,
@@ -240,7 +237,9 @@ class CudaGraphRunner:
         self.timer = GraphTimer()
         self._vision_param_indices = _find_vision_params(model, self._trainable_params)
         device = self._trainable_params[0].device
-        self._captures_vision = isinstance(model, VisionLanguageModel) and can_capture_vision(model)
+        self._captures_vision = False
+        if model.capabilities.image_features:
+            self._captures_vision = can_capture_vision(as_native(model))
         use_graphs = is_local and is_capturable(model, device) and has_few_trainable_params(model)
         self.graphs = CudaGraphCache(device) if use_graphs else None
 
@@ -379,9 +378,8 @@ class CudaGraphRunner:
 
     @property
     def native_model(self) -> VisionLanguageModel:
-        """Model of a native family; others have no CUDA graphs."""
-        assert isinstance(self.model, VisionLanguageModel), "only native models use CUDA graphs"
-        return self.model
+        """Model with native code; others have no CUDA graphs."""
+        return as_native(self.model)
 
     def _iter_shapes(
         self, batch: PackedBatch, features_MKD: Tensor | None

@@ -33,7 +33,8 @@ from finesight.evaluate.metric_difference import (
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
-from finesight.model.hf_backend import AnyModel, save_auto_model
+from finesight.model.backend import save_auto_model
+from finesight.model.backend_model import BackendModel
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
@@ -473,7 +474,7 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
 
 
 def save_full_model(
-    folder: Path, model: AnyModel, base: ModelFolder, dtype: torch.dtype, image_rule: ImageRule
+    folder: Path, model: BackendModel, base: ModelFolder, dtype: torch.dtype, image_rule: ImageRule
 ) -> None:
     """Write a model without its adapters, and the files of its base model, to a folder.
 

@@ -19,7 +19,7 @@ from finesight.encode.tokenization import EncodedSample
 from finesight.infer.block_manager import append_tokens, hash_images
 from finesight.infer.prediction import NUM_READER_THREADS, ResponseSampler
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
-from finesight.model.vlm import VisionLanguageModel
+from finesight.model.backend import as_native
 from finesight.train.state import TrainState
 from finesight.train.step_batch import SkippedSample, StepBatch
 from finesight.train.step_dataset import IndexedSample
@@ -40,9 +40,8 @@ class Rollout(ABC):
         self.log = state.run.console.log
         self.first_step = 0
         engine = state.engine
-        assert isinstance(engine.model, VisionLanguageModel), "a model of the transformers backend"
         self.sampler = ResponseSampler(
-            engine.model,
+            as_native(engine.model),
             state.data.renderer.end_ids,
             self.sampling.batch_size,
             engine.parallel.is_sharded,

@@ -26,13 +26,14 @@ from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import resolve_device, resolve_precision
 from finesight.manifest import Manifest
 from finesight.metric_components import METRICS
-from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
+from finesight.model.backend import as_native, load_auto_model
+from finesight.model.backend_model import BackendModel
 from finesight.model.kernels.runtime import load_compiler
 from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.trainable import configure_tuning
-from finesight.model.vlm import PLUGIN_ARCHITECTURES, VisionLanguageModel
+from finesight.model.vlm import PLUGIN_ARCHITECTURES
 from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.plugins import PluginRecord
@@ -293,7 +294,7 @@ def build_progress(recipe: Recipe) -> TrainProgress:
 
 
 def build_train_engine(
-    run: RunContext, data: RunData, model: AnyModel, objective: Objective[Any]
+    run: RunContext, data: RunData, model: BackendModel, objective: Objective[Any]
 ) -> TrainEngine:
     """Distribute the model over the ranks, and build all that the steps of a run use.
 
@@ -303,15 +304,15 @@ def build_train_engine(
     hardware = run.hardware
     objective.load_models(recipe.train)
     flop_counter = None
-    if not isinstance(model, HfModel):
-        flop_counter = FlopCounter(model)
+    if model.capabilities.flops:
+        flop_counter = FlopCounter(as_native(model))
     sampler = build_rank_sampler(
         data.sampler,
         hardware.process_group,
         data.train.stats,
         flop_counter,
         recipe.train.pack_tokens,
-        can_split_samples=can_split_samples(recipe, model),
+        can_split_samples=recipe.needs.supports_splitting and model.supports_splitting,
     )
     # Read before the model is distributed, which replaces its parameters.
     stacked_rows = stacked_row_counts(model)
@@ -358,7 +359,7 @@ def build_optimizer(
 
 
 def build_step_dataset(
-    recipe: Recipe, data: RunData, sampler: StepSampler, model: AnyModel
+    recipe: Recipe, data: RunData, sampler: StepSampler, model: BackendModel
 ) -> StepDataset:
     """Build the dataset of the steps of this rank, with augmented images if the recipe has them."""
     step_dataset = data.train.build_step_dataset(
@@ -366,7 +367,7 @@ def build_step_dataset(
         sampler,
         recipe.train.pack_tokens,
         recipe.data,
-        use_shared_prefix=not isinstance(model, HfModel),
+        use_shared_prefix=model.capabilities.batches,
     )
     return replace(step_dataset, augmenter=Augmenter.from_recipe(recipe))
 
@@ -395,17 +396,15 @@ def _check_resumed_run(run: RunContext, data: RunData, stored: CheckpointState) 
 
 
 def build_device_loader(
-    model: AnyModel, parallel: ParallelStrategy, hardware: Hardware
+    model: BackendModel, parallel: ParallelStrategy, hardware: Hardware
 ) -> DeviceLoader:
     """Build the loader of packs, which pads those of a native model in 16 bits on a CPU."""
-    pads_shapes = False
-    padding_merge_size = None
-    if not isinstance(model, HfModel):
-        pads_shapes = hardware.device.type == "cpu" and hardware.dtype != torch.float32
-        if model.visual.supports_padding:
-            padding_merge_size = model.config.vision.merge_size
+    is_16_bit_cpu = hardware.device.type == "cpu" and hardware.dtype != torch.float32
     return DeviceLoader(
-        parallel, hardware.device, pads_shapes=pads_shapes, padding_merge_size=padding_merge_size
+        parallel,
+        hardware.device,
+        pads_shapes=is_16_bit_cpu and model.capabilities.batches,
+        padding_merge_size=model.padding_merge_size,
     )
 
 
@@ -447,16 +446,6 @@ def build_rank_sampler(
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
-def can_split_samples(recipe: Recipe, model: AnyModel) -> bool:
-    """Return whether several ranks can share a long sample (context parallelism).
-
-    Models of the transformers backend and linear attention layers need whole samples.
-    """
-    if not recipe.needs.supports_splitting or isinstance(model, HfModel):
-        return False
-    return model.config.decoder.linear_attention is None
-
-
 def estimate_sample_cost(
     sample: SampleStats, prefix_length: int, flop_counter: FlopCounter | None
 ) -> float:
@@ -483,7 +472,7 @@ def _log_overrides(state: TrainState) -> None:
 
 def load_base_model(
     recipe: Recipe, base_model: BaseModelRef, hardware: Hardware, console: ProgressConsole
-) -> AnyModel:
+) -> BackendModel:
     """Load the base model, and set up its trainable and frozen parts."""
     with console.activity(f"loading the weights of {recipe.model}"):
         model = load_auto_model(
@@ -496,8 +485,8 @@ def load_base_model(
     configure_tuning(model, resolve_tune(recipe), recipe.train.seed)
     if base_model.adapter is not None:
         load_trainable_adapter(model, base_model.adapter, base_folder=base_model.folder)
-    if isinstance(model, HfModel):
-        console.log(f"{base_model.folder.family} {LIMITATIONS}")
+    if model.limitations:
+        console.log(f"{base_model.folder.family} {model.limitations}")
     return model
 
 
@@ -580,17 +569,16 @@ def _describe_reward(reward: RewardSettings) -> dict[str, Any]:
 
 
 def parallelize_model(
-    recipe: Recipe, model: AnyModel, dtype: torch.dtype, process_group: ProcessGroup
+    recipe: Recipe, model: BackendModel, dtype: torch.dtype, process_group: ProcessGroup
 ) -> ParallelStrategy:
     """Distribute a model over the ranks by `train.parallel`, which `check_sharding` accepts."""
     mode = recipe.train.parallel
     if mode == "ddp" or process_group.is_single_process:
         return ParallelStrategy(model, process_group)
-    assert isinstance(model, VisionLanguageModel), f"cannot shard a {type(model).__name__}"
     # Imported on demand, because the FSDP modules of torch take a second to import.
     from finesight.train.parallel.fsdp import FSDPStrategy
 
-    return FSDPStrategy(model, dtype, mode)
+    return FSDPStrategy(as_native(model), dtype, mode)
 
 
 def check_sharding(train: TrainSettings, device_type: str, *, is_native: bool) -> None:

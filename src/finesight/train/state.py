@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from finesight.config import PixelLimits, PixelRange, Recipe
-from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.encode.renderer import Renderer
 from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import Manifest
@@ -45,7 +45,7 @@ from finesight.train.step_batch import GlobalStepStats, StepBatch
 from finesight.train.step_dataset import StepDataset
 
 if TYPE_CHECKING:
-    from finesight.model.hf_backend import AnyModel
+    from finesight.model.backend_model import BackendModel
     from finesight.train.cuda_graphs import CudaGraphRunner
 
 PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -166,7 +166,7 @@ class BaseModelRef:
             if system_prompt is None:
                 system_prompt = self.manifest.system_prompt
         renderer = build_renderer(self.folder, image_rule, system_prompt)
-        if recipe.data.augment is not None and not isinstance(renderer, NativeRenderer):
+        if recipe.data.augment is not None and not renderer.is_native:
             raise UserError(
                 f"augmented images for a model of the family {self.folder.family}",
                 where="data.augment",
@@ -230,7 +230,7 @@ class TrainEngine:
         param_audit: Record of the parameters before the first step, also of a resumed run.
     """
 
-    model: AnyModel
+    model: BackendModel
     objective: Objective[Any]
     parallel: ParallelStrategy
     step_dataset: StepDataset

@@ -26,12 +26,12 @@ from finesight.train.state import StepOutput, TrainEngine, TrainState
 from finesight.train.step_batch import GlobalStepStats, StepBatch
 
 if TYPE_CHECKING:
-    from finesight.model.hf_backend import AnyModel
+    from finesight.model.backend_model import BackendModel
     from finesight.train.vision_cache import VisionCache
 
 
 def forward_backward(
-    model: AnyModel,
+    model: BackendModel,
     objective: Objective[Any],
     batch: PackedBatch,
     features_MKD: Tensor | None,

@@ -21,7 +21,6 @@ from finesight.errors import UserError, console_format
 from finesight.evaluate.python_functions import hash_functions
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, load_manifest
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
-from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.setting_types import StepsOrFraction
@@ -98,8 +97,10 @@ def warm_up_kernels(state: TrainState) -> None:
     at debug level, because the training step raises them again.
     """
     device = state.run.hardware.device
-    is_native = isinstance(state.engine.model, VisionLanguageModel)
-    if not (HAS_TRITON and device.type == "cuda" and is_native) or state.engine.parallel.is_sharded:
+    has_kernels = state.engine.model.capabilities.kernels
+    if not (HAS_TRITON and device.type == "cuda" and has_kernels):
+        return
+    if state.engine.parallel.is_sharded:
         return
     if not is_compile_cache_empty() or state.progress.step == len(state.data.sampler):
         return

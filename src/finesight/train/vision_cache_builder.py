@@ -39,7 +39,8 @@ from finesight.encode.tokenization import TokenizedSample, VisualSpan, iter_vide
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
-from finesight.model.hf_backend import AnyModel
+from finesight.model.backend import as_native
+from finesight.model.backend_model import BackendModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressCallback
 from finesight.train.device_timing import record_event
@@ -207,7 +208,7 @@ class EncoderOffloader:
     stay on the device.
     """
 
-    def __init__(self, model: AnyModel) -> None:
+    def __init__(self, model: BackendModel) -> None:
         self._model = model
         self._cpu_copies: list[tuple[torch.UntypedStorage, Tensor]] = []
         self.is_offloaded = False
@@ -251,9 +252,7 @@ class EncoderOffloader:
     def _list_storages(self) -> list[torch.UntypedStorage]:
         """Return the storages that only tensors of the vision encoder use."""
         model = self._model
-        if not isinstance(model, VisionLanguageModel):
-            return []
-        own = [*model.visual.parameters(), *model.visual.buffers()]
+        own = model.list_vision_tensors()
         own_ids = {id(tensor) for tensor in own}
         shared_addresses = set()
         for tensor in chain(model.parameters(), model.buffers()):
@@ -367,9 +366,9 @@ def _find_cache_blocker(state: TrainState) -> str | None:
     model = state.engine.model
     if not state.data.train.stats.num_patches:
         return "the data contain no images"
-    if not isinstance(model, VisionLanguageModel):
+    if not model.capabilities.image_features:
         return f"{state.run.base_model.folder.family} uses the transformers backend"
-    if any(parameter.requires_grad for parameter in model.visual.parameters()):
+    if any(tensor.requires_grad for tensor in model.list_vision_tensors()):
         return "the vision encoder is trainable"
     if state.engine.parallel.is_sharded:
         return f"the vision encoder is sharded (train.parallel={state.run.recipe.train.parallel})"
@@ -459,9 +458,7 @@ class VisionCacheBuilder:
 
     @property
     def _model(self) -> VisionLanguageModel:
-        model = self._state.engine.model
-        assert isinstance(model, VisionLanguageModel), "a model of the transformers backend"
-        return model
+        return as_native(self._state.engine.model)
 
     def close(self) -> None:
         """Close the feature files, so that other runs may evict them."""

@@ -28,7 +28,7 @@ from finesight.data.sample import LocatedSample, read_samples
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
-from finesight.model.hf_backend import load_auto_model
+from finesight.model.backend import load_auto_model
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant import base, nf4

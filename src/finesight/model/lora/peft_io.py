@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from finesight.bounded_files import read_bytes
 from finesight.errors import UserError
+from finesight.model.backend_model import BackendModel
 from finesight.model.families import (
     KEY_MAPPINGS,
     TRANSFORMERS_V5_MAPPING,
@@ -32,7 +33,6 @@ from finesight.model.families import (
     to_layer_name,
     to_module_name,
 )
-from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import (
     FusedLinear,
     LoraConfig,
@@ -323,7 +323,7 @@ _FINGERPRINT_KEY = "base_fingerprint"
 
 def save_adapter(
     folder: Path,
-    model: AnyModel,
+    model: BackendModel,
     *,
     base_model: str,
     base_fingerprint: str | None = None,
@@ -380,7 +380,7 @@ def _to_file_tensor(tensor: Tensor) -> Tensor:
 
 
 def _build_peft_config(
-    model: AnyModel, configs: dict[str, LoraConfig], base_model: str, dropout: float
+    model: BackendModel, configs: dict[str, LoraConfig], base_model: str, dropout: float
 ) -> dict[str, object]:
     key_mapping = model.adapter_key_mapping
     most_common, _ = Counter(configs.values()).most_common(1)[0]
@@ -586,7 +586,7 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def load_adapter(
-    model: AnyModel,
+    model: BackendModel,
     folder: Path,
     *,
     base_folder: ModelFolder | None = None,
@@ -618,7 +618,7 @@ def load_adapter(
 
 
 def load_trainable_adapter(
-    model: AnyModel, folder: Path, *, base_folder: ModelFolder | None = None
+    model: BackendModel, folder: Path, *, base_folder: ModelFolder | None = None
 ) -> AdapterSpec:
     """Load an adapter folder into the existing trainable adapters of a model.
 
@@ -659,7 +659,7 @@ def load_trainable_adapter(
 
 
 def _read_matching_adapter(
-    model: AnyModel, folder: Path, base_folder: ModelFolder | None
+    model: BackendModel, folder: Path, base_folder: ModelFolder | None
 ) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
     """Read an adapter and check that it matches the model and its base."""
     layers = find_adaptable_layers(model)

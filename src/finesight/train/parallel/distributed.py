@@ -30,7 +30,7 @@ from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, propose_plan
 
 if TYPE_CHECKING:
-    from finesight.model.hf_backend import AnyModel
+    from finesight.model.backend_model import BackendModel
 
 T = TypeVar("T")
 
@@ -488,7 +488,7 @@ class ParallelStrategy:
     is_sharded = False
     """True if parameters, gradients or optimizer states are sharded over the ranks."""
 
-    def __init__(self, model: AnyModel, process_group: ProcessGroup) -> None:
+    def __init__(self, model: BackendModel, process_group: ProcessGroup) -> None:
         self._process_group = process_group
         self.trainable_params: Mapping[str, nn.Parameter] = trainable_parameters(model)
         """Parameters that the optimizer of this rank updates, or its shards, by native name."""

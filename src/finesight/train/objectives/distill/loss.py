@@ -16,9 +16,10 @@ from torch import Tensor
 
 from finesight.config import TrainSettings
 from finesight.encode.batch import PackedBatch
-from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
+from finesight.model.backend import as_native
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.objectives.distill import Settings
 from finesight.train.objectives.objective import Objective, PackKey
@@ -157,17 +158,17 @@ def load_teacher(settings: Settings, train: TrainSettings) -> VisionLanguageMode
     model = load_inference_model(
         settings.teacher, train.device, train.precision, settings.weight_format
     ).model
-    assert isinstance(model, VisionLanguageModel), f"{settings.teacher} has no native family"
-    return model.requires_grad_(False)
+    return as_native(model).requires_grad_(False)
 
 
 def _find_difference(renderer: Renderer, other: Renderer) -> str:
     """Return what prevents a model from processing the tokens of another; empty if nothing."""
-    if not (isinstance(renderer, NativeRenderer) and isinstance(other, NativeRenderer)):
+    if not (renderer.is_native and other.is_native):
         return "no native family"
-    if type(renderer.family) is not type(other.family):
-        return f"another family ({type(other.family).__name__})"
-    if renderer.patch_config != other.patch_config:
+    other_family = other.native.family
+    if type(renderer.native.family) is not type(other_family):
+        return f"another family ({type(other_family).__name__})"
+    if renderer.native.patch_config != other.native.patch_config:
         return "another image processing"
     for n in range(MAX_TOKEN_IDS):
         own = renderer.tokenizer.id_to_token(n)

@@ -32,7 +32,7 @@ from finesight.infer.prediction import (
     build_prediction,
 )
 from finesight.infer.request import GeneratedToken
-from finesight.model.hf_backend import AnyModel
+from finesight.model.backend_model import BackendModel
 from finesight.model.linear import LoraLinear
 from finesight.storage import append_line
 from finesight.train.objectives.grpo import COMPONENT
@@ -140,9 +140,9 @@ class RewardCheck:
         self._num_responses += len(cases)
         self._totals += np.nan_to_num(totals_G).tolist()
         self._num_truncated += sum(not case.ended_with_eos for case in cases)
-        if isinstance(self._renderer, NativeRenderer):
+        if self._renderer.is_native:
             images = [span for span in spans if span.kind == "image"]
-            self._compare_boxes(self._renderer, cases, images)
+            self._compare_boxes(self._renderer.native, cases, images)
         if self._num_responses >= NUM_CHECKED_RESPONSES << self._num_checks:
             self._num_checks += 1
             frame_warning = self._describe_frame()
@@ -472,7 +472,7 @@ class GrpoRollout(Rollout):
 
 
 @contextmanager
-def disable_adapters(model: AnyModel) -> Iterator[None]:
+def disable_adapters(model: BackendModel) -> Iterator[None]:
     """Set the up-projections of all LoRA adapters to zero within the context."""
     parameters: list[Tensor] = []
     for module in model.modules():

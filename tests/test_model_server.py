@@ -3,6 +3,8 @@
 import gc
 import json
 import multiprocessing
+import random
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import hf_models
@@ -187,7 +190,7 @@ def list_engines() -> list[Engine]:
 
 def test_interrupted_start_leaves_no_server(adapters):
     """Ctrl-C during the start ends the thread and frees the port."""
-    script = INTERRUPTED_START.format(model=str(adapters[0]))
+    script = INTERRUPTED_START.format(model=str(adapters[0]), port=choose_port())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["interrupted", "ended", "free"]
@@ -199,10 +202,8 @@ import finesight
 from finesight.serve import api_server
 
 run = api_server.run_api_server
-ports = []
 
 def interrupt(model, listener, **options):
-    ports.append(listener.getsockname()[1])
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     time.sleep(0.2)
     run(model, listener, **options)
@@ -210,15 +211,24 @@ def interrupt(model, listener, **options):
 model = finesight.load({model!r}, device="cpu")
 api_server.run_api_server = interrupt
 try:
-    finesight.start_server(model)
+    finesight.start_server(model, port={port})
 except KeyboardInterrupt:
     print("interrupted")
 api_server.run_api_server = run
 if "finesight-server" not in [thread.name for thread in threading.enumerate()]:
     print("ended")
-with finesight.start_server(model, port=ports[0]):
+with finesight.start_server(model, port={port}):
     print("free")
 """
+
+
+def choose_port() -> int:
+    """Return a free port that no connection of another test can have, unlike one of port 0."""
+    for port in random.sample(range(10_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def test_failure_of_a_running_server_is_raised(adapters, monkeypatch):
@@ -233,8 +243,8 @@ def test_failure_of_a_running_server_is_raised(adapters, monkeypatch):
 
 def test_port_is_free_although_a_fork_has_the_socket(adapters):
     model = finesight.load(adapters[0], device="cpu")
-    server = finesight.start_server(model)
-    port = int(server.url.rpartition(":")[2].removesuffix("/v1"))
+    port = choose_port()
+    server = finesight.start_server(model, port=port)
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     process.start()
     try:

@@ -61,7 +61,7 @@ from finesight.data.sample import (
     read_samples,
     write_samples,
 )
-from finesight.encode.family import FRAME_1000, scale_box
+from finesight.encode.family import FRAME_1000
 from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.infer.engine import build_engine
@@ -69,6 +69,7 @@ from finesight.infer.model_loader import load_inference_model, select_cpu_precis
 from finesight.infer.prediction import Prediction, build_prediction, iter_completions
 from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.recipe import recipe_from_dict
+from finesight.samples.frames import rescale
 from finesight.synth import tickets
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
@@ -294,7 +295,7 @@ def write_pixel_boxes(folder: Path) -> None:
         def scale(part: ContentPart, size: ImageSize = size) -> ContentPart:
             if not isinstance(part, BoxPart):
                 return part
-            corners = scale_box(part.xyxy, FRAME_1000, size)
+            corners = rescale(part.xyxy, FRAME_1000, size)
             return part.model_copy(update={"xyxy": corners})
 
         samples.append(sample.with_parts(scale))

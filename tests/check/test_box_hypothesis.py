@@ -13,20 +13,18 @@ from finesight.check.box_hypothesis import (
     MIN_IMAGES,
     BoxClaim,
     BoxClaimTable,
-    BoxFrame,
-    BoxHypothesis,
     EdgeContrast,
     ImageEvidence,
     find_invalid_boxes,
     hoeffding_bound,
-    hypothesis_from_convention,
     load_small_gray,
     min_z_score,
+    normalize_boxes,
     open_edge_contrast,
     pairwise_iou,
 )
-from finesight.data.boxes import BoxConvention
 from finesight.data.image_file import CorruptImageError
+from finesight.samples.frames import Frame
 
 Coordinates = tuple[float, float, float, float]
 
@@ -47,24 +45,24 @@ def test_exif_orientation_maps_box_like_pillow(turn: int) -> None:
     rows, columns = np.nonzero(upright)
     expected = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
     claims = table((50, 10, 80, 25), size=upright.shape, turn=turn)
-    shares = BoxHypothesis("xyxy", BoxFrame("stored")).normalize_boxes(claims)[0]
+    shares = normalize_boxes(Frame(base="stored"), claims)[0]
     height, width = upright.shape
     assert shares * (width, height, width, height) == pytest.approx(expected)
 
 
-PATCHES = BoxFrame("pixels", 448, 448, is_capped=True, side_multiple=28)
+PATCHES = Frame("xyxy", "pixels", 448, 448, is_capped=True, side_multiple=28)
 
 
 @pytest.mark.parametrize(
     ("frame", "size", "sides"),
     [
-        (BoxFrame("factor", 0.5, 0.5), (200, 100), (100, 50)),
-        (BoxFrame("longest", 100, 100), (200, 100), (100, 50)),
-        (BoxFrame("shortest", 50, 50), (200, 100), (100, 50)),
-        (BoxFrame("pixels", 5000**0.5, 0), (200, 100), (100, 50)),
-        (BoxFrame("fixed", 64, 48), (200, 100), (64, 48)),
-        (BoxFrame("longest", 400, 400), (200, 100), (400, 200)),
-        (BoxFrame("longest", 400, 400, is_capped=True), (200, 100), (200, 100)),
+        (Frame("xyxy", "factor", 0.5, 0.5), (200, 100), (100, 50)),
+        (Frame("xyxy", "longest", 100, 100), (200, 100), (100, 50)),
+        (Frame("xyxy", "shortest", 50, 50), (200, 100), (100, 50)),
+        (Frame("xyxy", "pixels", 5000**0.5, 0), (200, 100), (100, 50)),
+        (Frame("xyxy", "fixed", 64, 48), (200, 100), (64, 48)),
+        (Frame("xyxy", "longest", 400, 400), (200, 100), (400, 200)),
+        (Frame("xyxy", "longest", 400, 400, is_capped=True), (200, 100), (200, 100)),
         # 448 x 448 pixels are a factor of 0.578: 20.6 and 12.4 cells of 28 pixels.
         (PATCHES, (1000, 600), (560, 336)),
         (PATCHES, (300, 200), (308, 196)),
@@ -72,8 +70,8 @@ PATCHES = BoxFrame("pixels", 448, 448, is_capped=True, side_multiple=28)
     ],
 )
 def test_resized_frame_size(frame, size, sides):
-    across, down = frame.compute_size(np.array([float(size[0])]), np.array([float(size[1])]))
-    assert (across[0], down[0]) == pytest.approx(sides)
+    height, width = frame.compute_size(np.array([float(size[1])]), np.array([float(size[0])]))
+    assert (*np.ravel(width), *np.ravel(height)) == pytest.approx(sides)
 
 
 def test_impossible_boxes_are_flagged() -> None:
@@ -90,9 +88,7 @@ def test_impossible_boxes_are_flagged() -> None:
         ((float("nan"), 0, 1, 1), True),
     ]
     claims = table(*(box for box, _ in boxes))
-    found = find_invalid_boxes(
-        hypothesis_from_convention(BoxConvention()).normalize_boxes(claims), claims
-    )
+    found = find_invalid_boxes(normalize_boxes(Frame(), claims), claims)
     assert found.tolist() == [expected for _, expected in boxes]
 
 
@@ -134,7 +130,7 @@ def test_true_boxes_have_evidence_and_shifted_or_outer_boxes_do_not() -> None:
     for shift in (0, 40):
         table, seen = source(shift)
         witness = ImageEvidence(table, seen.__getitem__)
-        boxes = BoxHypothesis("xyxy").normalize_boxes(table)[witness.claim_rows]
+        boxes = normalize_boxes(Frame(), table)[witness.claim_rows]
         found[shift] = witness.z_score(witness.score_boxes(boxes[:, None])[:, 0].sum(axis=1))
     assert found[0] > min_z_score()
     assert abs(found[40]) < min_z_score()
@@ -146,9 +142,7 @@ def test_identical_images_give_no_evidence() -> None:
     table, seen = source(0)
     first = seen[Path("0")]
     witness = ImageEvidence(table, lambda path: first)
-    boxes = np.tile(
-        BoxHypothesis("xyxy").normalize_boxes(table)[0], (len(witness.claim_rows), 1, 1)
-    )
+    boxes = np.tile(normalize_boxes(Frame(), table)[0], (len(witness.claim_rows), 1, 1))
     assert np.abs(witness.score_boxes(boxes)).max() < 1e-9
 
 

@@ -14,14 +14,15 @@ from PIL import Image, ImageDraw
 from finesight.check.box_hypothesis import (
     BoxClaim,
     BoxClaimTable,
-    BoxFrame,
     EdgeContrast,
     ImageEvidence,
+    normalize_boxes,
     open_edge_contrast,
 )
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.check.convention_detector import find_convention_issues, find_frame
 from finesight.data.boxes import BoxConvention
+from finesight.samples.frames import RESIZE_LIMITS, Frame, smart_resize
 
 Coordinates = tuple[float, float, float, float]
 BoxTransform = Callable[[Coordinates, tuple[int, int]], Coordinates]
@@ -151,11 +152,12 @@ def test_wrong_box_convention_is_detected(objects, code, change):
 
 def scaled_images(claims: list[BoxClaim], factor: float) -> list[BoxClaim]:
     """Boxes in the resized image of Qwen2.5-VL, of the same images at another size."""
-    units, scaled = BoxConvention(units="resized"), []
+    scaled = []
     for claim in claims:
         height, width = claim.image_size
         size = round(factor * height), round(factor * width)
-        box = in_fixed_frame(*units.get_sides(size))(claim.coordinates, claim.image_size)
+        resized = smart_resize(size, RESIZE_LIMITS, 28)
+        box = in_fixed_frame(*resized[::-1])(claim.coordinates, claim.image_size)
         scaled.append(replace(claim, image_size=size, coordinates=box))
     return scaled
 
@@ -252,24 +254,24 @@ def test_mixed_conventions_are_detected(objects: list[BoxClaim]) -> None:
 @pytest.mark.parametrize(
     ("change", "frame"),
     [
-        (in_fixed_frame(224, 224), BoxFrame("fixed", 224, 224)),
-        (in_fixed_frame(700, 420), BoxFrame("fixed", 700, 420)),
-        (scaled_by(0.6), BoxFrame("factor", 0.6, 0.6)),
+        (in_fixed_frame(224, 224), Frame("xyxy", "fixed", 224, 224)),
+        (in_fixed_frame(700, 420), Frame("xyxy", "fixed", 700, 420)),
+        (scaled_by(0.6), Frame("xyxy", "factor", 0.6, 0.6)),
     ],
 )
 def test_resized_frame_size_is_estimated(objects, change, frame):
     table = BoxClaimTable(apply_convention(objects, change))
     found, _ = find_frame(table, ImageEvidence(table, get_image_evidence), "xyxy")
-    assert found.frame.base == frame.base
-    assert found.frame.frame_width == pytest.approx(frame.frame_width, rel=0.02)
-    assert found.frame.frame_height == pytest.approx(frame.frame_height, rel=0.02)
+    assert found.base == frame.base
+    assert found.width == pytest.approx(frame.width, rel=0.02)
+    assert found.height == pytest.approx(frame.height, rel=0.02)
 
 
 def test_longest_side_resize_differs_from_scale_factor(objects: list[BoxClaim]) -> None:
     changed = apply_convention(objects, lambda box, size: scaled_by(200 / max(size))(box, size))
     (verdict,) = find_convention_issues(changed, get_image_evidence)
-    assert verdict.hypothesis.frame.base == "longest"
-    assert verdict.hypothesis.frame.frame_width == pytest.approx(200, rel=0.02)
+    assert verdict.hypothesis.base == "longest"
+    assert verdict.hypothesis.width == pytest.approx(200, rel=0.02)
     assert "the longest side about 20" in verdict.description
 
 
@@ -308,7 +310,7 @@ def test_boxes_before_exif_rotation_are_detected(exif_rotated: list[BoxClaim]) -
 
 def test_boxes_after_exif_rotation_raise_no_issue(exif_rotated: list[BoxClaim]) -> None:
     (verdict,) = find_convention_issues(exif_rotated)
-    shares = verdict.hypothesis.normalize_boxes(BoxClaimTable(exif_rotated))
+    shares = normalize_boxes(verdict.hypothesis, BoxClaimTable(exif_rotated))
     upright = [
         replace(claim, coordinates=tuple(box * np.array(claim.image_size[::-1] * 2)))
         for claim, box in zip(exif_rotated, shares, strict=True)

@@ -10,7 +10,6 @@ from case_files import load_cases
 
 from finesight.data.boxes import (
     MAX_JSON_DEPTH,
-    Box,
     BoxConvention,
     BoxFormat,
     BoxUnits,
@@ -26,6 +25,7 @@ from finesight.data.boxes import (
 )
 from finesight.data.formats.table import find_stated_format
 from finesight.errors import UserError
+from finesight.samples.frames import Box
 
 CASES = load_cases("boxes")
 

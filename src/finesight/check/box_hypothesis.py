@@ -15,14 +15,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finesight.data.boxes import MAX_DISTANCE, MAX_OVERHANG_PX, BoxConvention, BoxFormat, BoxUnits
+from finesight.data.boxes import MAX_DISTANCE, MAX_OVERHANG_PX, BoxConvention
 from finesight.data.image_file import CorruptImageError, check_scans, open_image_header
+from finesight.samples.frames import Frame, Order, to_corners
 from finesight.vision.image_processing import load_image
 
 Floats = NDArray[np.float64]
@@ -34,7 +34,7 @@ EDGE_TOLERANCE = 0.003
 One pixel is allowed in addition for rounding.
 """
 
-DEFAULT_CONVENTION, RESIZED_UNITS = BoxConvention(), BoxConvention(units="resized")
+DEFAULT_CONVENTION = BoxConvention()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,120 +82,33 @@ class BoxClaimTable:
         return len(np.unique(self.sample_index[rows]))
 
 
-FrameBase = Literal[
-    "image", "stored", "resized", "fixed", "factor", "longest", "shortest", "pixels"
-]
+def normalize_boxes(frame: Frame, claims: BoxClaimTable) -> Floats:
+    """Interpret box coordinates in a frame.
 
-
-@dataclass(frozen=True, slots=True)
-class BoxFrame:
-    """Coordinate frame in which boxes may have been annotated.
-
-    The frame is defined by its width and height per image, derived from `base`:
-
-    - image: The image itself, after EXIF rotation.
-    - stored: The image before EXIF rotation.
-    - resized: The image as Qwen2.5-VL resizes it, see `BoxUnits`.
-    - fixed: `frame_width` x `frame_height` for all images.
-    - factor: The image scaled by the factor `frame_width`.
-    - longest, shortest, pixels: A resized image of the same aspect ratio whose longest side,
-      shortest side, or square root of the pixel count is `frame_width`.
-
-    With `is_capped`, smaller images are not enlarged. Sides are rounded to multiples of
-    `side_multiple` like in the image processor of Qwen2-VL: down when downscaling, up when
-    upscaling, else to the nearest.
+    Returns:
+        Two corners per box [N, 4], as fractions of the image after EXIF rotation.
     """
-
-    base: FrameBase = "image"
-    frame_width: float = 1.0
-    frame_height: float = 1.0
-    is_capped: bool = False
-    side_multiple: int = 1
-
-    @property
-    def units(self) -> BoxUnits | None:
-        """Units of coordinates in this frame, or None without a name."""
-        return next((units for units, frame in UNIT_FRAMES.items() if frame == self), None)
-
-    def compute_size(self, width: Floats, height: Floats) -> tuple[Floats, Floats]:
-        """Compute width and height of the frame for images of the given sizes."""
-        if self.base == "fixed":
-            return np.full_like(width, self.frame_width), np.full_like(height, self.frame_height)
-        if self.base == "resized":
-            sizes = zip(height.tolist(), width.tolist(), strict=True)
-            sides = np.array([RESIZED_UNITS.get_sides(size) for size in sizes], np.float64)
-            return sides[:, 0], sides[:, 1]
-        factor = self.frame_width / get_reference_side(self.base, width, height)
-        if self.is_capped:
-            factor = np.minimum(factor, 1.0)
-        if self.side_multiple == 1:
-            return width * factor, height * factor
-        return self._round_to_multiple(width, factor), self._round_to_multiple(height, factor)
-
-    def _round_to_multiple(self, side: Floats, factor: Floats) -> Floats:
-        cells = side * factor / self.side_multiple
-        nearest = np.where(factor > 1, np.ceil(cells), np.rint(cells))
-        return self.side_multiple * np.maximum(np.where(factor < 1, np.floor(cells), nearest), 1.0)
+    corners = to_corner_table(frame.order, claims.coordinates)
+    if frame.base != "stored":
+        return divide_by_size(corners, *frame.compute_size(claims.height, claims.width))
+    is_rotated = claims.exif_orientation >= 5
+    stored_height = np.where(is_rotated, claims.width, claims.height)
+    stored_width = np.where(is_rotated, claims.height, claims.width)
+    return apply_exif_orientation(
+        divide_by_size(corners, stored_height, stored_width), claims.exif_orientation
+    )
 
 
-UNIT_FRAMES: dict[BoxUnits, BoxFrame] = {
-    "pixel": BoxFrame(),
-    "resized": BoxFrame("resized"),
-    "1": BoxFrame("fixed", 1.0, 1.0),
-    "1000": BoxFrame("fixed", 1000.0, 1000.0),
-}
-
-
-def get_reference_side(base: FrameBase, width: Floats, height: Floats) -> Floats:
-    """Return the image dimension that `frame_width` replaces: a side, a mean side, or 1."""
-    if base == "longest":
-        return np.maximum(width, height)
-    if base == "shortest":
-        return np.minimum(width, height)
-    return np.sqrt(width * height) if base == "pixels" else np.ones_like(width)
-
-
-@dataclass(frozen=True, slots=True)
-class BoxHypothesis:
-    """A possible meaning of box coordinates: a box format and a coordinate frame."""
-
-    box_format: BoxFormat
-    frame: BoxFrame = BoxFrame()
-
-    def normalize_boxes(self, claims: BoxClaimTable) -> Floats:
-        """Interpret box coordinates under this hypothesis.
-
-        Returns:
-            Two corners per box [N, 4], as fractions of the image after EXIF rotation.
-        """
-        corners = to_corners(self.box_format, claims.coordinates)
-        if self.frame.base != "stored":
-            return divide_by_size(corners, *self.frame.compute_size(claims.width, claims.height))
-        orientation, sides = claims.exif_orientation, (claims.width, claims.height)
-        stored_width, stored_height = np.where(orientation >= 5, sides[::-1], sides)
-        return apply_exif_orientation(
-            divide_by_size(corners, stored_width, stored_height), orientation
-        )
-
-
-def divide_by_size(corners: Floats, width: Floats, height: Floats) -> Floats:
+def divide_by_size(corners: Floats, height: Floats | float, width: Floats | float) -> Floats:
     """Divide the corners of boxes [N, 4] by the size of their images [N]."""
-    return corners / np.stack((width, height, width, height), axis=1)
+    sides: Floats = np.stack(np.broadcast_arrays(width, height, width, height), axis=-1)
+    return corners / sides
 
 
-def hypothesis_from_convention(convention: BoxConvention) -> BoxHypothesis:
-    """Return the hypothesis that corresponds to a declared box convention."""
-    return BoxHypothesis(convention.format, UNIT_FRAMES[convention.units])
-
-
-def to_corners(box_format: BoxFormat, coordinates: Floats) -> Floats:
-    """Convert boxes [..., 4] of a format to two corners in the same units."""
-    first, last = coordinates[..., :2], coordinates[..., 2:]
-    if box_format == "xywh":
-        return np.concatenate((first, first + last), axis=-1)
-    if box_format == "cxcywh":
-        return np.concatenate((first - last / 2, first + last / 2), axis=-1)
-    return coordinates
+def to_corner_table(order: Order, coordinates: Floats) -> Floats:
+    """Convert boxes [..., 4] in an order to two corners in the same units."""
+    corners: Floats = np.stack(to_corners(order, np.moveaxis(coordinates, -1, 0)), axis=-1)
+    return corners
 
 
 def apply_exif_orientation(boxes: Floats, orientation: NDArray[np.int_]) -> Floats:

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finesight.data.boxes import Box
 from finesight.data.formats.dataset_format import PlaceholderCountError, UnexpectedPlaceholderError
 from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
 from finesight.errors import UserError
+from finesight.samples.frames import Box
 
 HistogramCounts = Mapping[str, int]
 """Number of values by bin. Bin k covers values from 2^(k/2) to below 2^((k+1)/2)."""

@@ -46,25 +46,22 @@ from finesight.check.box_hypothesis import (
     Bools,
     BoxClaim,
     BoxClaimTable,
-    BoxFrame,
-    BoxHypothesis,
     Floats,
-    FrameBase,
     ImageEvidence,
     ImageOpener,
     divide_by_size,
     find_invalid_boxes,
     find_inverted_boxes,
-    get_reference_side,
     hoeffding_bound,
-    hypothesis_from_convention,
     min_z_score,
+    normalize_boxes,
     open_edge_contrast,
     pairwise_iou,
-    to_corners,
+    to_corner_table,
 )
 from finesight.check.check_issues import CheckIssue
 from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits
+from finesight.samples.frames import Frame, FrameBase, Order, get_reference_side
 
 MIN_SCORE_DIFF = 2.0
 """Minimum difference of image scores with which a sample favors one of two hypotheses."""
@@ -92,7 +89,7 @@ class ConventionIssue:
     """
 
     code: str
-    hypothesis: BoxHypothesis
+    hypothesis: Frame
     description: str
     num_samples: int
     num_invalid: int
@@ -132,13 +129,13 @@ class HypothesisComparison:
     def __init__(
         self,
         claims: BoxClaimTable,
-        declared: BoxHypothesis,
-        alternative: BoxHypothesis,
+        declared: Frame,
+        alternative: Frame,
         num_tries: int,
         evidence: tuple[ImageEvidence, Floats, Floats] | None,
     ) -> None:
         self.claims, self.alternative, self.total = claims, alternative, claims.num_samples
-        boxes = [hypothesis.normalize_boxes(claims) for hypothesis in (declared, alternative)]
+        boxes = [normalize_boxes(hypothesis, claims) for hypothesis in (declared, alternative)]
         declared_invalid, alternative_invalid = (find_invalid_boxes(one, claims) for one in boxes)
         self.num_invalid = claims.count_samples(declared_invalid)
         self.num_alternative_invalid = claims.count_samples(alternative_invalid)
@@ -243,8 +240,8 @@ class HypothesisComparison:
 
     def _describe_alternative(self) -> tuple[str, str, str, str]:
         """Return issue code, description, command-line options and manual steps."""
-        convention, frame = self.claims.convention, self.alternative.frame
-        box_format = self.alternative.box_format
+        convention, frame = self.claims.convention, self.alternative
+        box_format = frame.order
         form = _FORMAT_NAMES[box_format]
         option = "" if box_format == convention.format else f"--box-format {box_format}"
         if frame.base == "stored":
@@ -255,7 +252,7 @@ class HypothesisComparison:
                 "rotate the boxes like their image; or keep them and remove the rotation (EXIF tag"
                 " Orientation) from the images",
             )
-        units = frame.units
+        units = frame.unit
         if units is None:
             return (
                 "boxes-resized",
@@ -276,9 +273,9 @@ def _format_share(count: int, total: int) -> str:
     return f"{count} of {total} samples ({100 * count / total:.0f} %)"
 
 
-def _describe_frame(frame: BoxFrame, claims: BoxClaimTable) -> str:
+def _describe_frame(frame: Frame, claims: BoxClaimTable) -> str:
     """Describe the size of the resized images."""
-    width, height = frame.frame_width, frame.frame_height
+    width, height = frame.width, frame.height
     if frame.base == "fixed":
         text = f"about {width:.0f} x {height:.0f}"
         image_width, image_height = claims.width[0], claims.height[0]
@@ -318,7 +315,7 @@ OUTLIER_FRACTION = 0.01
 """Fraction of boxes that may be outside of a candidate frame."""
 
 FrameKind = tuple[FrameBase, bool, int]
-"""Resize rule: `base`, `is_capped` and `side_multiple` of a `BoxFrame`."""
+"""Resize rule: `base`, `is_capped` and `side_multiple` of a `Frame`."""
 
 FRAME_KINDS: tuple[FrameKind, ...] = (
     ("factor", False, 1),
@@ -337,8 +334,8 @@ MIN_Z_GAIN = 3.0
 
 
 def find_frame(
-    claims: BoxClaimTable, evidence: ImageEvidence, box_format: BoxFormat
-) -> tuple[BoxHypothesis, int]:
+    claims: BoxClaimTable, evidence: ImageEvidence, box_format: Order
+) -> tuple[Frame, int]:
     """Find the coordinate frame in which boxes of a given format fit their images best.
 
     Returns it with the number of tested frames, which increases the false-positive probability.
@@ -347,19 +344,17 @@ def find_frame(
     rule. The rules differ only if the images differ in size. Of rules that fit equally well, the
     simplest is returned.
     """
-    corners = to_corners(box_format, claims.coordinates)
+    corners = to_corner_table(box_format, claims.coordinates)
 
-    def score_frames(
-        frames: Sequence[BoxFrame], evidence: ImageEvidence, num_controls: int
-    ) -> Floats:
+    def score_frames(frames: Sequence[Frame], evidence: ImageEvidence, num_controls: int) -> Floats:
         """Return the image scores [n, R] of n boxes in R frames, summed over the sides."""
         rows = evidence.claim_rows
-        sizes = (frame.compute_size(claims.width[rows], claims.height[rows]) for frame in frames)
+        sizes = (frame.compute_size(claims.height[rows], claims.width[rows]) for frame in frames)
         boxes = np.stack([divide_by_size(corners[rows], *size) for size in sizes], axis=1)
         scores: Floats = evidence.score_boxes(boxes, num_controls).sum(axis=2)
         return scores
 
-    coarse_frames = _list_candidate_frames(claims, corners)
+    coarse_frames = _list_candidate_frames(claims, box_format, corners)
     means = _mean_scores(score_frames(coarse_frames, evidence.take(NUM_COARSE_IMAGES), 1))
     seeds = [
         coarse_frames[index]
@@ -372,8 +367,7 @@ def find_frame(
         is_fixed = seed.base == "fixed"
         combine = itertools.product if is_fixed else zip
         for x, y in combine(fine_steps, fine_steps):
-            width, height = seed.frame_width * x, seed.frame_height * y
-            fine_frames.append(replace(seed, frame_width=width, frame_height=height))
+            fine_frames.append(replace(seed, width=seed.width * x, height=seed.height * y))
     scores = score_frames(fine_frames, evidence, NUM_CONTROLS)
     means = _mean_scores(scores)
     best, *others = (max(group, key=means.__getitem__) for group in _group_by_kind(fine_frames))
@@ -381,10 +375,12 @@ def find_frame(
         if evidence.z_score(scores[:, index] - scores[:, best]) > MIN_Z_GAIN:
             best = index
     num_tries = len(coarse_frames) + len(fine_frames)
-    return BoxHypothesis(box_format, fine_frames[best]), num_tries
+    return fine_frames[best], num_tries
 
 
-def _list_candidate_frames(claims: BoxClaimTable, corners: Floats) -> list[BoxFrame]:
+def _list_candidate_frames(
+    claims: BoxClaimTable, box_format: Order, corners: Floats
+) -> list[Frame]:
     """Return frames of one size for all images, and frames with the aspect ratio of each image.
 
     The latter are omitted if all images have the same size, because both are then equivalent.
@@ -399,7 +395,7 @@ def _list_candidate_frames(claims: BoxClaimTable, corners: Floats) -> list[BoxFr
 
     x, y = corners[:, 2], corners[:, 3]
     frames = [
-        BoxFrame("fixed", width, height)
+        Frame(box_format, "fixed", width, height)
         for width, height in itertools.product(list_sizes(x), list_sizes(y))
     ]
     if np.ptp(claims.width) == 0 and np.ptp(claims.height) == 0:
@@ -408,9 +404,9 @@ def _list_candidate_frames(claims: BoxClaimTable, corners: Floats) -> list[BoxFr
     for base, is_capped, side_multiple in FRAME_KINDS:
         if is_capped and max_extent(extent) > 1.01:
             continue
-        min_side = extent * get_reference_side(base, claims.width, claims.height)
+        min_side = extent * get_reference_side(base, claims.height, claims.width)
         sizes = list_sizes(min_side)
-        frames += [BoxFrame(base, size, size, is_capped, side_multiple) for size in sizes]
+        frames += [Frame(box_format, base, size, size, is_capped, side_multiple) for size in sizes]
     return frames
 
 
@@ -422,7 +418,7 @@ def _mean_scores(scores: Floats) -> Floats:
     return np.where(is_valid.mean(axis=0) > 1 - 3 * OUTLIER_FRACTION, means, -np.inf)
 
 
-def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
+def _group_by_kind(frames: Sequence[Frame]) -> list[list[int]]:
     """Return the indices of the frames of each resize rule, the simplest rule first."""
     order: list[FrameKind] = [FRAME_KINDS[0], FRAME_KINDS[1], ("fixed", False, 1), *FRAME_KINDS[2:]]
     groups = [
@@ -481,7 +477,7 @@ def find_convention_issues(
         rotated = [claim for claim in group if claim.orientation != 1]
         if convention.units == "pixel" and has_enough_samples(rotated):
             detector = ConventionDetector(BoxClaimTable(rotated), open_image)
-            stored = BoxHypothesis(convention.format, BoxFrame("stored"))
+            stored = Frame(convention.format, "stored")
             if issue := detector.detect([stored], search_frames=False):
                 issues.append(issue)
                 group = [claim for claim in group if claim.orientation == 1]
@@ -503,29 +499,29 @@ class ConventionDetector:
 
     def __init__(self, claims: BoxClaimTable, open_image: ImageOpener | None) -> None:
         self.claims = claims
-        self.declared = hypothesis_from_convention(claims.convention)
+        self.declared = claims.convention.frame
         evidence = ImageEvidence(claims, open_image) if open_image is not None else None
         self._evidence = evidence if evidence is not None and evidence.is_sufficient else None
-        self._scores: dict[BoxHypothesis, Floats] = {}
+        self._scores: dict[Frame, Floats] = {}
         self._max_invalid_samples = MAX_INVALID_FRACTION * claims.num_samples
         """Maximum number of samples with impossible boxes due to annotation errors."""
 
-    def list_alternatives(self) -> list[BoxHypothesis]:
+    def list_alternatives(self) -> list[Frame]:
         """Return all other combinations of box format and units, the most likely mistakes first.
 
         Pixels of the resized image are omitted if few images are enlarged or reduced.
         """
         declared = self.claims.convention
-        resized = BoxHypothesis("xyxy", BoxFrame("resized"))
+        resized = Frame(base="resized")
         units = list(dict.fromkeys((declared.units, *BOX_UNITS)))
-        if not self._is_same(resized, BoxHypothesis("xyxy")) and "resized" not in units:
+        if not self._is_same(resized, Frame()) and "resized" not in units:
             units.append("resized")
         box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != declared.format)
         combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
-        return [hypothesis_from_convention(one) for one in combinations if one != declared]
+        return [one.frame for one in combinations if one != declared]
 
     def detect(
-        self, alternatives: Sequence[BoxHypothesis], *, search_frames: bool
+        self, alternatives: Sequence[Frame], *, search_frames: bool
     ) -> ConventionIssue | None:
         """Return an issue for the best alternative hypothesis that is accepted, or None.
 
@@ -542,7 +538,7 @@ class ConventionDetector:
         self._ensure_scores([self.declared, *feasible])
         for alternative in sorted(feasible, key=lambda one: -self._mean_score(one)):
             if self._is_supported(alternative, num_tries) and self._is_preferred(alternative):
-                is_certain = alternative.frame.base != "resized"
+                is_certain = alternative.base != "resized"
                 is_certain = is_certain and not self._exceeds_thousandths(alternative)
                 if is_certain or not search_frames:
                     return self._compare(alternative, num_tries).build_issue()
@@ -554,7 +550,7 @@ class ConventionDetector:
                 return self._compare(alternative, num_tries).build_issue()
         return self._find_mixed_issue(alternatives)
 
-    def _detect_resized_frames(self, feasible: Sequence[BoxHypothesis]) -> ConventionIssue | None:
+    def _detect_resized_frames(self, feasible: Sequence[Frame]) -> ConventionIssue | None:
         """Search for the best-fitting resized image size, and return an issue or None.
 
         A size close to a known hypothesis is attributed to that hypothesis.
@@ -565,36 +561,36 @@ class ConventionDetector:
         # with many of them. The declared format needs no alternative unless it has many.
         box_formats = [
             box_format
-            for box_format in (self.declared.box_format, *BOX_FORMATS)
+            for box_format in (self.declared.order, *BOX_FORMATS)
             if self.claims.count_samples(
-                find_inverted_boxes(to_corners(box_format, self.claims.coordinates))
+                find_inverted_boxes(to_corner_table(box_format, self.claims.coordinates))
             )
             <= self._max_invalid_samples
         ]
-        if self.declared.box_format in box_formats:
-            box_formats = [self.declared.box_format]
+        if self.declared.order in box_formats:
+            box_formats = [self.declared.order]
         searches = [find_frame(self.claims, self._evidence, one) for one in box_formats]
         best, num_tries = max(searches, key=lambda one: self._mean_score(one[0]), default=(None, 0))
         if best is None or self._z_score(best) < min_z_score(num_tries):
             return None
         found = next((o for o in (self.declared, *feasible) if self._is_same(o, best)), best)
         for one in feasible:
-            if one.frame.base == "resized" and self._mean_score(one) >= self._mean_score(best):
+            if one.base == "resized" and self._mean_score(one) >= self._mean_score(best):
                 found = one
         if found == self.declared or not self._is_preferred(found):
             return None
         return self._compare(found, num_tries).build_issue()
 
-    def _is_same(self, hypothesis: BoxHypothesis, candidate: BoxHypothesis) -> bool:
+    def _is_same(self, hypothesis: Frame, candidate: Frame) -> bool:
         """Return whether a searched frame equals a known hypothesis within annotation accuracy.
 
         Coordinates in thousandths do not exceed 1000. If some do, the frame is a resized image of
         about that size.
         """
-        if hypothesis.box_format != candidate.box_format or self._exceeds_thousandths(hypothesis):
+        if hypothesis.order != candidate.order or self._exceeds_thousandths(hypothesis):
             return False
         sizes = (
-            one.frame.compute_size(self.claims.width, self.claims.height)
+            one.compute_size(self.claims.height, self.claims.width)
             for one in (hypothesis, candidate)
         )
         return all(
@@ -602,26 +598,26 @@ class ConventionDetector:
             for one, other in zip(*sizes, strict=True)
         )
 
-    def _find_invalid(self, hypothesis: BoxHypothesis) -> Bools:
-        return find_invalid_boxes(hypothesis.normalize_boxes(self.claims), self.claims)
+    def _find_invalid(self, hypothesis: Frame) -> Bools:
+        return find_invalid_boxes(normalize_boxes(hypothesis, self.claims), self.claims)
 
-    def _count_invalid(self, hypothesis: BoxHypothesis) -> int:
+    def _count_invalid(self, hypothesis: Frame) -> int:
         return self.claims.count_samples(self._find_invalid(hypothesis))
 
-    def _is_favored_by_bounds(self, alternative: BoxHypothesis) -> bool:
+    def _is_favored_by_bounds(self, alternative: Frame) -> bool:
         """Return whether many boxes are impossible as declared but possible as the alternative."""
         num_declared = self._count_invalid(self.declared)
         is_often_invalid = num_declared >= max(10.0, self._max_invalid_samples)
         return is_often_invalid and 4 * self._count_invalid(alternative) <= num_declared
 
-    def _exceeds_thousandths(self, hypothesis: BoxHypothesis) -> bool:
+    def _exceeds_thousandths(self, hypothesis: Frame) -> bool:
         """Return whether a hypothesis in thousandths has more than a few boxes beyond 1000."""
-        corners = to_corners(hypothesis.box_format, self.claims.coordinates)
+        corners = to_corner_table(hypothesis.order, self.claims.coordinates)
         is_above: Bools = np.any(corners > 1001, axis=1)
         num_above = self.claims.count_samples(is_above)
-        return hypothesis.frame.units == "1000" and num_above > 0.005 * self.claims.num_samples
+        return hypothesis.unit == "1000" and num_above > 0.005 * self.claims.num_samples
 
-    def _is_certain_by_bounds(self, alternative: BoxHypothesis) -> bool:
+    def _is_certain_by_bounds(self, alternative: Frame) -> bool:
         """Return whether impossible boxes suffice as evidence for an alternative without images.
 
         Many declared boxes must be impossible. For thousandths, some boxes must also be close to
@@ -633,11 +629,11 @@ class ConventionDetector:
         is_often_invalid = num_declared >= MIN_INVALID_FRACTION * claims.num_samples
         if not is_often_invalid or not self._is_favored_by_bounds(alternative):
             return False
-        boxes = alternative.normalize_boxes(claims)
+        boxes = normalize_boxes(alternative, claims)
         far_ends = np.where(claims.width >= claims.height, boxes[:, 3], boxes[:, 2])
-        return alternative.frame.units != "1000" or float(far_ends.max()) > 0.9
+        return alternative.unit != "1000" or float(far_ends.max()) > 0.9
 
-    def _ensure_scores(self, hypotheses: Sequence[BoxHypothesis]) -> None:
+    def _ensure_scores(self, hypotheses: Sequence[Frame]) -> None:
         """Compute the image scores of the hypotheses that have none, in one batch.
 
         The scores [n, 2] of the tested boxes are those of the left and upper sides, and of the
@@ -646,23 +642,23 @@ class ConventionDetector:
         new = [hypothesis for hypothesis in hypotheses if hypothesis not in self._scores]
         if self._evidence is not None and new:
             rows = self._evidence.claim_rows
-            boxes = [hypothesis.normalize_boxes(self.claims)[rows] for hypothesis in new]
+            boxes = [normalize_boxes(hypothesis, self.claims)[rows] for hypothesis in new]
             scores = self._evidence.score_boxes(np.stack(boxes, axis=1))
             self._scores.update((hypothesis, scores[:, n]) for n, hypothesis in enumerate(new))
 
-    def _get_scores(self, hypothesis: BoxHypothesis) -> Floats:
+    def _get_scores(self, hypothesis: Frame) -> Floats:
         self._ensure_scores([hypothesis])
         summed: Floats = self._scores[hypothesis].sum(axis=1)
         return summed
 
-    def _z_score(self, hypothesis: BoxHypothesis, other: BoxHypothesis | None = None) -> float:
+    def _z_score(self, hypothesis: Frame, other: Frame | None = None) -> float:
         """Return the z score of a hypothesis, or that by which it fits better than another."""
         if self._evidence is None:
             return 0.0
         baseline = 0.0 if other is None else self._get_scores(other)
         return self._evidence.z_score(self._get_scores(hypothesis) - baseline)
 
-    def _mean_score(self, hypothesis: BoxHypothesis) -> float:
+    def _mean_score(self, hypothesis: Frame) -> float:
         """Return the mean image score of a hypothesis, 0 if there are no images."""
         if self._evidence is None:
             return 0.0
@@ -670,11 +666,11 @@ class ConventionDetector:
         clipped = np.clip(scores[np.isfinite(scores)], -MAX_SCORE, MAX_SCORE)
         return float(clipped.mean()) if len(clipped) else -MAX_SCORE
 
-    def _is_supported(self, hypothesis: BoxHypothesis, num_tries: int = 1) -> bool:
+    def _is_supported(self, hypothesis: Frame, num_tries: int = 1) -> bool:
         """Return whether boxes match their images, and better than stretched or shrunk boxes."""
         if self._evidence is None or self._z_score(hypothesis) < min_z_score(num_tries):
             return False
-        normalized = hypothesis.normalize_boxes(self.claims)[self._evidence.claim_rows]
+        normalized = normalize_boxes(hypothesis, self.claims)[self._evidence.claim_rows]
         less, more = 1 - STRETCH_FACTOR, 1 + STRETCH_FACTOR
         factors = np.array([(less, 1), (1, less), (more, 1), (1, more)])
         stretched = self._evidence.score_boxes(normalized[:, None] * np.tile(factors, 2))
@@ -685,7 +681,7 @@ class ConventionDetector:
             if np.isfinite(difference).sum() >= MIN_SAMPLES
         )
 
-    def _is_preferred(self, alternative: BoxHypothesis) -> bool:
+    def _is_preferred(self, alternative: Frame) -> bool:
         """Return whether an alternative is better than the declared convention, and different.
 
         It is better by bounds, or by images on all sides that it shifts: a frame that only
@@ -693,7 +689,7 @@ class ConventionDetector:
         two. It is different if the median overlap of the boxes is below `MAX_SAME_IOU`.
         """
         declared, claims = self.declared, self.claims
-        boxes, declared_boxes = (one.normalize_boxes(claims) for one in (alternative, declared))
+        boxes, declared_boxes = (normalize_boxes(one, claims) for one in (alternative, declared))
         if float(np.median(pairwise_iou(declared_boxes, boxes))) >= MAX_SAME_IOU:
             return False
         if self._is_favored_by_bounds(alternative):
@@ -709,14 +705,14 @@ class ConventionDetector:
             if np.isfinite(gain[rows]).sum() >= MIN_SAMPLES
         )
 
-    def _compare(self, alternative: BoxHypothesis, num_tries: int) -> HypothesisComparison:
+    def _compare(self, alternative: Frame, num_tries: int) -> HypothesisComparison:
         evidence = None
         if self._evidence is not None:
             scores = self._get_scores(self.declared), self._get_scores(alternative)
             evidence = self._evidence, *scores
         return HypothesisComparison(self.claims, self.declared, alternative, num_tries, evidence)
 
-    def _find_mixed_issue(self, alternatives: Sequence[BoxHypothesis]) -> ConventionIssue | None:
+    def _find_mixed_issue(self, alternatives: Sequence[Frame]) -> ConventionIssue | None:
         """Detect a data file in which some boxes follow one convention and the rest another."""
         count_samples, evidence = self.claims.count_samples, self._evidence
         min_samples = max(MIN_SAMPLES, 2 * self._max_invalid_samples)

@@ -15,7 +15,7 @@ from finesight.check.check_issues import (
     issue_from_error,
 )
 from finesight.check.image_catalog import ImageCatalog
-from finesight.data.boxes import Box, BoxConvention, clip_box, is_inside_image, sort_corners
+from finesight.data.boxes import BoxConvention, clip_box, is_inside_image, sort_corners
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -31,6 +31,7 @@ from finesight.data.sample import (
     validate_roles,
 )
 from finesight.errors import UserError, shorten
+from finesight.samples.frames import Box
 
 MIN_BOX_SIDE = 2.0
 """Side length in pixels below which a box is reported as tiny."""

@@ -19,17 +19,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from finesight.config import PixelRange
 from finesight.errors import UserError
+from finesight.samples.frames import (
+    Box,
+    Frame,
+    ImageSize,
+    Order,
+    Unit,
+    get_frame,
+    rescale,
+    to_corners,
+)
 
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
-"""Order of box coordinates: two corners, corner and size, or center and size."""
+"""Orders of box coordinates that `--box-format` accepts."""
 
 BoxUnits = Literal["pixel", "1", "1000", "resized"]
-"""Coordinate units: pixels of the original image, image sides scaled to 1 or 1000, or pixels of the
-image resized with the published limits of Qwen2.5-VL, whose answers contain such boxes."""
-
-Box = tuple[float, float, float, float]
+"""Coordinate units that `--box-units` accepts."""
 
 
 class InvalidBoxError(UserError):
@@ -40,90 +46,25 @@ class StrayBoxError(InvalidBoxError):
     """Raised for a box without area in its image, such as a stray click: it marks no object."""
 
 
-BOX_DECIMALS = 6
-
 MAX_OVERHANG_PX = 1.0
 """Maximum overhang of a box beyond its image due to rounding, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class BoxConvention:
-    """Format and units of bounding box coordinates."""
+    """Order and unit of bounding box coordinates."""
 
-    format: BoxFormat = "xyxy"
-    units: BoxUnits = "pixel"
+    format: Order = "xyxy"
+    units: Unit = "pixel"
 
-    def to_pixels(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> Box:
+    @property
+    def frame(self) -> Frame:
+        """Frame of the coordinates."""
+        return get_frame(self.format, self.units)
+
+    def to_pixels(self, coordinates: Sequence[float], image_size: ImageSize) -> Box:
         """Convert four coordinates of this convention to two corners in pixels."""
-        a, b, c, d = map(float, coordinates)
-        if self.format == "xywh":
-            corners = (a, b, a + c, b + d)
-        elif self.format == "cxcywh":
-            corners = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
-        else:
-            corners = (a, b, c, d)
-        if self == BoxConvention():
-            return corners
-        if self.units == "pixel":
-            x_scale = y_scale = 1.0
-        else:
-            height, width = image_size
-            unit_width, unit_height = self.get_sides(image_size)
-            x_scale = width / unit_width
-            y_scale = height / unit_height
-        x1, y1, x2, y2 = corners
-        # Remove floating-point noise, so that a box survives conversion in both directions.
-        return (
-            round(x1 * x_scale, BOX_DECIMALS),
-            round(y1 * y_scale, BOX_DECIMALS),
-            round(x2 * x_scale, BOX_DECIMALS),
-            round(y2 * y_scale, BOX_DECIMALS),
-        )
-
-    def get_sides(self, image_size: tuple[int, int]) -> tuple[float, float]:
-        """Return the width and height of an image in these units."""
-        if self.units == "pixel":
-            height, width = image_size
-        elif self.units == "resized":
-            height, width = smart_resize(image_size, RESIZE_LIMITS, 28)
-        else:
-            return float(self.units), float(self.units)
-        return width, height
-
-
-RESIZE_LIMITS = PixelRange(min_pixels=3136, max_pixels=12845056)
-"""Limits of the published Qwen2.5-VL models, which round sides to multiples of 28."""
-
-
-def smart_resize(
-    original_size: tuple[int, int],
-    limits: PixelRange,
-    factor: int,
-    num_frames: int = 1,
-    temporal_size: int = 1,
-) -> tuple[int, int]:
-    """Scale an image size into a range of pixel counts, rounded to multiples of `factor`.
-
-    Sides are rounded down to meet the maximum and up to meet the minimum. As in the reference
-    preprocessor, they are rounded before the pixel count is compared. The pixels of all frames of a
-    video are counted.
-    """
-    height, width = original_size
-    rounded = round(height / factor) * factor, round(width / factor) * factor
-    num_pixels = math.prod(rounded) * round(num_frames / temporal_size) * temporal_size
-    if num_pixels > limits.max_pixels:
-        downscale = math.sqrt((num_frames * height * width) / limits.max_pixels)
-        return (
-            max(factor, math.floor(height / downscale / factor) * factor),
-            max(factor, math.floor(width / downscale / factor) * factor),
-        )
-    if num_pixels < limits.min_pixels:
-        upscale = math.sqrt(limits.min_pixels / (num_frames * height * width))
-        return (
-            math.ceil(height * upscale / factor) * factor,
-            math.ceil(width * upscale / factor) * factor,
-        )
-    return rounded
+        return self.frame.to_pixels(coordinates, image_size)
 
 
 def parse_coordinates(value: object) -> list[float]:
@@ -745,8 +686,8 @@ def _parse_located_objects(text: str) -> list[TextBox]:
 
 def _scale_location(tokens: str) -> list[float]:
     """Return the corners in thousandths of four tokens, y first, on a grid of 1024."""
-    y1, x1, y2, x2 = (number * 1000 / 1024 for number in _find_numbers(tokens))
-    return [x1, y1, x2, y2]
+    corners = to_corners("yxyx", _find_numbers(tokens))
+    return [*rescale(corners, (1024, 1024), (1000, 1000))]
 
 
 def _list_boxes(match: re.Match[str]) -> list[list[float]]:

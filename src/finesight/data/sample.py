@@ -32,9 +32,10 @@ from pydantic import (
 
 from finesight import storage
 from finesight.bounded_files import parse_json, parse_unique_json, translate_os_errors
-from finesight.data.boxes import Box, InvalidBoxError, find_coordinates, is_inside_image
+from finesight.data.boxes import InvalidBoxError, find_coordinates, is_inside_image
 from finesight.data.line_index import UTF8_BOM, IndexedLines, open_data_file, read_lines
 from finesight.errors import Remedy, Step, UserError, describe_indices, suggest_name
+from finesight.samples.frames import Box
 
 MAX_BOXES = 10_000
 """Maximum number of boxes in a sample, which are about 300,000 tokens as text."""

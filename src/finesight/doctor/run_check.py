@@ -20,9 +20,7 @@ from finesight.check.box_hypothesis import (
     DEFAULT_CONVENTION,
     BoxClaim,
     BoxClaimTable,
-    BoxFrame,
-    BoxHypothesis,
-    hypothesis_from_convention,
+    normalize_boxes,
     pairwise_overlap,
 )
 from finesight.config import (
@@ -55,6 +53,7 @@ from finesight.report.run_reader import (
     read_json_lines,
 )
 from finesight.report.run_verdict import judge_run
+from finesight.samples.frames import UNIT_FRAMES, Frame
 from finesight.setting_types import is_url
 from finesight.storage import verify_folder
 
@@ -640,13 +639,13 @@ def _check_box_conventions(
         return
     predicted = BoxClaimTable(predicted_claims)
     labels = BoxClaimTable(label_claims)
-    current = hypothesis_from_convention(DEFAULT_CONVENTION)
+    current = DEFAULT_CONVENTION.frame
 
-    def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: BoxHypothesis) -> float:
+    def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: Frame) -> float:
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.
         with np.errstate(all="ignore"):
-            boxes = meaning.normalize_boxes(claims)
-            other_boxes = current.normalize_boxes(others)
+            boxes = normalize_boxes(meaning, claims)
+            other_boxes = normalize_boxes(current, others)
             return float(np.nan_to_num(pairwise_overlap(boxes, other_boxes)).mean())
 
     current_iou = mean_iou(predicted, labels, current)
@@ -664,14 +663,14 @@ def _check_box_conventions(
 
 def _list_hypotheses(
     run_record: RunRecord, claims: BoxClaimTable, reference: BoxClaimTable
-) -> Iterator[tuple[BoxHypothesis, str, str]]:
+) -> Iterator[tuple[Frame, str, str]]:
     """Yield the box conventions that coordinates may follow, with description and import options.
 
     These are another order of the values, thousandths, fractions, pixels of the resized image of
     the recipe, and pixels of a copy with a constant scale.
     """
-    yield BoxHypothesis("xywh"), "x, y, width, height", "--box-format xywh"
-    yield BoxHypothesis("cxcywh"), "center, width, height", "--box-format cxcywh"
+    yield Frame("xywh"), "x, y, width, height", "--box-format xywh"
+    yield Frame("cxcywh"), "center, width, height", "--box-format cxcywh"
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = claims.coordinates / reference.coordinates
     valid_ratios = ratios[np.isfinite(ratios) & (ratios > 0)]
@@ -681,16 +680,16 @@ def _list_hypotheses(
     copy = "in pixels of a copy"
     pixels = "pixels of the original image"
     frames = [
-        (BoxFrame("fixed", 1000.0, 1000.0), "in thousandths of the image", "--box-units 1000"),
-        (BoxFrame("fixed", 1.0, 1.0), "in fractions of the image", "--box-units 1"),
-        (BoxFrame("factor", scale), f"{copy} scaled by {scale:.2g}", pixels),
+        (UNIT_FRAMES["1000"], "in thousandths of the image", "--box-units 1000"),
+        (UNIT_FRAMES["1"], "in fractions of the image", "--box-units 1"),
+        (Frame(base="factor", width=scale), f"{copy} scaled by {scale:.2g}", pixels),
     ]
     image = summary.load_run_recipe(run_record).image
     if isinstance(image, ExactSize):
-        frame = BoxFrame("fixed", float(image.width), float(image.height))
+        frame = Frame(base="fixed", width=float(image.width), height=float(image.height))
         frames.append((frame, f"{copy} of {image.width} x {image.height}", pixels))
     if isinstance(image, LongestSide):
-        frame = BoxFrame("longest", float(image.longest_side))
+        frame = Frame(base="longest", width=float(image.longest_side))
         frames.append((frame, f"{copy} whose longest side is {image.longest_side}", pixels))
     for frame, text, option in frames:
-        yield BoxHypothesis("xyxy", frame), text, option
+        yield frame, text, option

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from finesight.data.boxes import (
     BOX_KEY,
     POINT_KEY,
-    Box,
     find_coordinates,
     iter_json_boxes,
     iter_json_values,
@@ -36,6 +35,7 @@ from finesight.data.sample import (
     create_region,
 )
 from finesight.errors import UserError
+from finesight.samples.frames import Box, rescale, round_to_size
 
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""
@@ -375,7 +375,7 @@ class ModelFamily(ABC):
 
     def _round_corners(self, box: ImageBox) -> tuple[int, ...]:
         frame = self.box_frame(box.resized_size)
-        corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
+        corners = round_to_size(rescale(box.xyxy, box.original_size, frame), frame)
         return corners[:2] if box.is_point else corners
 
     def write_segments(self, segments: Sequence[str | list[ImageBox]]) -> list[PromptPiece]:
@@ -473,27 +473,6 @@ def is_question(message: Message) -> bool:
     return message.role == "user" and not is_tool_response
 
 
-def scale_box(xyxy: Box, source_frame: ImageSize, target_frame: ImageSize) -> Box:
-    """Scale box corners from one coordinate frame (height, width) to another."""
-    source_height, source_width = source_frame
-    target_height, target_width = target_frame
-    scale_x = target_width / source_width
-    scale_y = target_height / source_height
-    x1, y1, x2, y2 = xyxy
-    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
-
-
-def round_to_frame(xyxy: Box, frame: ImageSize) -> tuple[int, int, int, int]:
-    """Round box corners to integers (halves up) and clamp them to a frame (height, width)."""
-    height, width = frame
-    x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
-    return _clamp(x1, width), _clamp(y1, height), _clamp(x2, width), _clamp(y2, height)
-
-
-def _clamp(value: int, limit: int) -> int:
-    return min(max(value, 0), limit)
-
-
 def _find_boxes_in_json_strings(
     segments: Sequence[str | list[ImageBox]], slots: Collection[int]
 ) -> list[int]:
@@ -543,7 +522,7 @@ def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> li
         corners = parse_corners(coordinates)
         if corners is None:
             continue
-        scaled = scale_box(corners, frame, original_size)
+        scaled = rescale(corners, frame, original_size)
         regions.append(create_region(scaled, label, is_point=len(coordinates) == 2))
     return regions
 

@@ -70,6 +70,7 @@ from finesight.label.label_store import (
     remove_incomplete_line,
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
+from finesight.samples.frames import Box, to_corners
 from finesight.storage import append_line, flush_file
 from finesight.synth.drawing import draw_red_rectangle
 
@@ -603,7 +604,7 @@ def read_boxes(text: str, frame: BoxFrame, image: SentImage) -> list[BoxPart]:
     source = image.size if frame == "pixels" else (1000, 1000)
     for box in read_json_boxes(text, source, (width, height) if is_swapped else size):
         x1, y1, x2, y2 = (round(number, COORDINATE_DECIMALS) for number in box.xyxy)
-        corners = (y1, x1, y2, x2) if is_swapped else (x1, y1, x2, y2)
+        corners: Box = to_corners("yxyx" if is_swapped else "xyxy", (x1, y1, x2, y2))
         overhang, is_point = MAX_OVERHANG * max(size), box.is_point
         is_inside = is_inside_image(corners, size, overhang, is_point=is_point)
         clipped = clip_box(corners, size, is_point=is_point)

@@ -20,7 +20,6 @@ from finesight.check.check_issues import (
 from finesight.check.check_result import CheckResult
 from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
-from finesight.encode.family import scale_box
 from finesight.encode.renderer import IM_START, NativeRenderer
 from finesight.encode.tokenization import (
     EncodedSample,
@@ -32,6 +31,7 @@ from finesight.encode.tokenization import (
 from finesight.report.charts import Chart, build_histograms
 from finesight.report.html import InlineImage, build_inline_image, render_page
 from finesight.report.i18n import translate
+from finesight.samples.frames import rescale
 from finesight.vision.image_processing import load_image, unpatchify
 
 MAX_IMAGE_SIDE = 1024
@@ -128,7 +128,7 @@ def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample
                 "xyxy": box.xyxy,
                 "label": box.label,
                 "image_index": tokenized.spans.index(span),
-                "original_box": scale_box(box.xyxy, span.resized_size, span.original_size),
+                "original_box": rescale(box.xyxy, span.resized_size, span.original_size),
             }
         )
     return {

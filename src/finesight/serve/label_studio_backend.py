@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from finesight.data.boxes import Box, clip_box
+from finesight.data.boxes import clip_box
 from finesight.data.formats.image_annotations import (
     CAPTION_PROMPT,
     DETECTION_PROMPT,
@@ -38,6 +38,7 @@ from finesight.data.formats.label_studio import (
 )
 from finesight.data.row_reader import Record
 from finesight.errors import UserError
+from finesight.samples.frames import Box
 from finesight.serve.api_schema import ApiError, from_user_error
 from finesight.serve.chat_completions import (
     ChatCompletionsHandler,

@@ -16,6 +16,7 @@ from finesight.data.sample import BoxPart
 from finesight.infer.prediction import draw_boxes
 from finesight.report.examples import pair_predictions, read_boxes, read_image_paths
 from finesight.report.run_reader import JsonObject
+from finesight.samples.frames import rescale
 from finesight.track.tracker_records import TrackedImage
 from finesight.vision.image_processing import load_image
 
@@ -100,8 +101,8 @@ def _open_resized(path: Path) -> tuple[Image.Image, float]:
 
 
 def _scale_box(box: JsonObject, scale: float) -> BoxPart:
-    x1, y1, x2, y2 = (corner * scale for corner in box["xyxy"])
-    return BoxPart(image=box["image"], label=box["label"] or None, xyxy=(x1, y1, x2, y2))
+    corners = rescale(box["xyxy"], (1, 1), (scale, scale))
+    return BoxPart(image=box["image"], label=box["label"] or None, xyxy=corners)
 
 
 def _format_caption(before: JsonObject | None, after: JsonObject, panel_names: str) -> str:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finesight.config import ExactSize, ImageRule, ImageSettings, LongestSide, PixelRange
-from finesight.data.boxes import smart_resize
 from finesight.data.image_file import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
@@ -31,6 +30,7 @@ from finesight.data.image_file import (
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.samples.frames import smart_resize
 
 _EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -21,7 +21,6 @@ from vision_cache_fixtures import make_train_state
 from finesight import api
 from finesight.config import Recipe
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
-from finesight.encode.family import scale_box
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import TrainingInterrupted, UserError
@@ -31,6 +30,7 @@ from finesight.infer.prediction import ResponseSampler
 from finesight.model.trainable import trainable_parameters
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
+from finesight.samples.frames import rescale
 from finesight.train.objectives.grpo import Settings
 from finesight.train.objectives.grpo.loss import (
     GrpoObjective,
@@ -568,8 +568,8 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, kind):
     reference = BoxPart(image=0, xyxy=corners)
     # The model writes the reference in the frame, or another box.
     box = (350, 240, 260, 140) if kind == "weak" else reference.xyxy
-    written = scale_box(box, (800, 400), FRAMES[frame]) if frame else (0, 0, 9, 9)
-    found = scale_box(written, span.resized_size, (800, 400))
+    written = rescale(box, (800, 400), FRAMES[frame]) if frame else (0, 0, 9, 9)
+    found = rescale(written, span.resized_size, (800, 400))
     cases = [
         EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,), str(number))
         for number in range(64)

@@ -20,7 +20,6 @@ import numpy as np
 from finesight.bounded_files import DuplicateKeyError, parse_unique_json
 from finesight.components import Component, NoSettings
 from finesight.data.boxes import (
-    Box,
     BoxConvention,
     BoxFormat,
     BoxUnits,
@@ -56,6 +55,7 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError, describe_indices
 from finesight.plugins import PluginKind
+from finesight.samples.frames import Box
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,8 +419,9 @@ class RowImages:
         context = self.context
         if context.box_format is None and context.box_units is None:
             return None
-        convention = context.resolve_convention(BoxConvention())
-        return convention.get_sides(context.images.image_size(self.paths[-1]))
+        frame = context.resolve_convention(BoxConvention()).frame
+        height, width = frame.compute_size(*context.images.image_size(self.paths[-1]))
+        return width, height
 
     def create_valid_box(
         self, value: object, label: str | None, default: BoxConvention, *, is_text: bool = False

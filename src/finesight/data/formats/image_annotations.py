@@ -35,9 +35,7 @@ from numpy.typing import NDArray
 
 from finesight.bounded_files import find_existing
 from finesight.data.boxes import (
-    BOX_DECIMALS,
     POLYGON_KEY,
-    Box,
     BoxConvention,
     InvalidBoxError,
     StrayBoxError,
@@ -79,6 +77,7 @@ from finesight.data.sample import (
     join_text,
 )
 from finesight.errors import UserError
+from finesight.samples.frames import BOX_DECIMALS, Box
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{[^{}]*\}?|\}")
@@ -323,7 +322,8 @@ def simplify_outline(
     if len(points_N2) < 3:
         what, remedy = f"the polygon {str(outline)[:80]}", "correct the shape, or remove it"
         raise StrayBoxError(what, expected=expected, remedy=remedy)
-    scaled = points_N2 * np.maximum(sides, 1000) / convention.get_sides(image_size)
+    height, width = convention.frame.compute_size(*image_size)
+    scaled = points_N2 * np.maximum(sides, 1000) / (width, height)
     ring = np.concatenate([scaled, scaled[:1]])
     farthest = int(np.argmax(np.hypot(*(ring - ring[0]).T)))
     kept, spans = {0, farthest}, [(0, farthest), (farthest, len(scaled))]

@@ -32,7 +32,6 @@ from xml.etree import ElementTree
 
 from finesight.bounded_files import find_existing
 from finesight.data.boxes import (
-    Box,
     BoxConvention,
     InvalidBoxError,
     find_bounds,
@@ -72,6 +71,7 @@ from finesight.data.image_file import ImageSize, is_image_value
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError, format_count
+from finesight.samples.frames import Box
 
 SPOTTING_PROMPT = "Locate and read every text in the image."
 """Default question about regions with texts; `--prompt` overrides it."""

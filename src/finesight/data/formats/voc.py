@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from finesight.bounded_files import find_existing
-from finesight.data.boxes import BOX_DECIMALS, BoxConvention, parse_coordinates
+from finesight.data.boxes import BoxConvention, parse_coordinates
 from finesight.data.folder_listing import open_annotation_files
 from finesight.data.formats.dataset_format import DatasetFormat, ImportContext, ImportExample
 from finesight.data.formats.image_annotations import (
@@ -26,6 +26,7 @@ from finesight.data.image_file import CorruptImageError
 from finesight.data.row_reader import RowReader, SourceRow
 from finesight.data.sample import MAX_LABEL_FILE_BYTES, read_data_file
 from finesight.errors import UserError
+from finesight.samples.frames import BOX_DECIMALS
 
 BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
 OBJECT_FLAGS = ("difficult", "truncated", "occluded")

@@ -22,10 +22,9 @@ from finesight.encode.family import (
     ModelFamily,
     PromptPiece,
     SpecialToken,
-    round_to_frame,
-    scale_box,
 )
 from finesight.model_folder import ModelFolder
+from finesight.samples.frames import rescale, round_to_size
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
@@ -56,7 +55,7 @@ class Qwen2VL(ModelFamily):
         for box in boxes:
             if box.label is not None:
                 pieces += [ref, box.label, ref_end]
-            corners = round_to_frame(scale_box(box.xyxy, box.original_size, FRAME_1000), FRAME_1000)
+            corners = round_to_size(rescale(box.xyxy, box.original_size, FRAME_1000), FRAME_1000)
             x1, y1, x2, y2 = (min(corner, self.max_box_coordinate) for corner in corners)
             second = "" if box.is_point else f",({x2},{y2})"
             pieces += [start, f"({x1},{y1}){second}", end]
@@ -90,7 +89,7 @@ class Qwen2VL(ModelFamily):
             end = match.end()
             numbers = [float(number) for number in match.groups()[1:] if number is not None]
             x1, y1, x2, y2 = (*numbers, *numbers)[:4]
-            corners = scale_box((x1, y1, x2, y2), FRAME_1000, original_size)
+            corners = rescale((x1, y1, x2, y2), FRAME_1000, original_size)
             # Degenerate completions may contain coordinates that overflow a float.
             if all(map(math.isfinite, corners)):
                 boxes.append(create_region(corners, label, is_point=len(numbers) == 2))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finesight.data.boxes import measure_overlap, sort_corners
 from finesight.encode.batch import PackedBatch
-from finesight.encode.family import FRAME_1000, scale_box
+from finesight.encode.family import FRAME_1000
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
@@ -34,6 +34,7 @@ from finesight.infer.prediction import (
 from finesight.infer.request import GeneratedToken
 from finesight.model.backend_model import BackendModel
 from finesight.model.linear import LoraLinear
+from finesight.samples.frames import rescale
 from finesight.storage import append_line
 from finesight.train.objectives.grpo import COMPONENT
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
@@ -172,7 +173,7 @@ class RewardCheck:
                 image = images[box.image]
                 usual_frame = renderer.family.box_frame(image.resized_size)
                 # The numbers of the answer, before they were read in the usual frame.
-                written = scale_box(box.xyxy, image.original_size, usual_frame)
+                written = rescale(box.xyxy, image.original_size, usual_frame)
                 frames = (
                     usual_frame,
                     FRAME_1000,
@@ -180,10 +181,10 @@ class RewardCheck:
                     image.resized_size,
                     (1, 1),
                 )
-                expected = scale_box(reference.xyxy, image.original_size, (1, 1))
+                expected = rescale(reference.xyxy, image.original_size, (1, 1))
                 matches = []
                 for frame in frames:
-                    found = sort_corners(scale_box(written, frame, (1, 1)))
+                    found = sort_corners(rescale(written, frame, (1, 1)))
                     is_inside = max(found) <= MAX_CORNER
                     matches.append((measure_overlap(found, expected), is_inside))
                 self._matches.setdefault(case.id, []).append(matches)

@@ -1,0 +1,1 @@
+"""Samples: coordinate frames of boxes."""

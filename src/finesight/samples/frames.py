@@ -1,0 +1,225 @@
+"""Coordinate frames of boxes: order of the values, and size of the image in their unit.
+
+All conversions between frames are in this module. The formulas apply to single values, and
+elementwise to arrays. Sizes of images are (height, width), after EXIF rotation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+
+from finesight.config import PixelRange
+
+ImageSize = tuple[int, int]
+"""Height and width in pixels."""
+
+Box = tuple[float, float, float, float]
+"""Two corners of a box: x1, y1, x2, y2."""
+
+Order = Literal["xyxy", "xywh", "cxcywh", "yxyx"]
+"""Order of box coordinates: two corners, corner and size, center and size, or corners y first."""
+
+Unit = Literal["pixel", "1", "100", "1000", "resized"]
+"""Coordinate units: pixels of the original image, image sides scaled to 1, 100 or 1000, or pixels
+of the image resized with the published limits of Qwen2.5-VL, whose answers contain such boxes."""
+
+FrameBase = Literal[
+    "image", "stored", "resized", "fixed", "factor", "longest", "shortest", "pixels"
+]
+
+BOX_DECIMALS = 6
+"""Digits of converted coordinates in pixels, without the noise of floating-point operations."""
+
+RESIZE_LIMITS = PixelRange(min_pixels=3136, max_pixels=12845056)
+"""Limits of the published Qwen2.5-VL models, which round sides to multiples of 28."""
+
+
+def to_corners(order: Order, coordinates: Any) -> tuple[Any, Any, Any, Any]:
+    """Return the two corners x1, y1, x2, y2 of four coordinates, in the same unit.
+
+    Args:
+        coordinates: Four values, or four arrays of the same shape.
+    """
+    a, b, c, d = coordinates
+    if order == "xywh":
+        return a, b, a + c, b + d
+    if order == "cxcywh":
+        return a - c / 2, b - d / 2, a + c / 2, b + d / 2
+    if order == "yxyx":
+        return b, a, d, c
+    return a, b, c, d
+
+
+def rescale(xyxy: Box, source_size: tuple[float, float], target_size: tuple[float, float]) -> Box:
+    """Scale box corners from an image of one size (height, width) to another."""
+    source_height, source_width = source_size
+    target_height, target_width = target_size
+    scale_x = target_width / source_width
+    scale_y = target_height / source_height
+    x1, y1, x2, y2 = xyxy
+    return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
+
+
+def round_to_size(xyxy: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Round box corners to integers (halves up) and clamp them to a size (height, width)."""
+    height, width = size
+    x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
+    return _clamp(x1, width), _clamp(y1, height), _clamp(x2, width), _clamp(y2, height)
+
+
+def _clamp(value: int, limit: int) -> int:
+    return min(max(value, 0), limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Coordinate frame in which boxes may have been annotated.
+
+    Attributes:
+        order: Order of the coordinates.
+        base: What `width` and `height` are, from which the size of each image in the unit of the
+            coordinates follows:
+
+            - image: The image itself, after EXIF rotation.
+            - stored: The image before EXIF rotation.
+            - resized: The image as Qwen2.5-VL resizes it, see `Unit`.
+            - fixed: `width` x `height` for all images.
+            - factor: The image scaled by the factor `width`.
+            - longest, shortest, pixels: A resized image of the same aspect ratio whose longest
+              side, shortest side, or square root of the pixel count is `width`.
+        is_capped: Smaller images are not enlarged.
+        side_multiple: Sides are rounded to multiples of it like in the image processor of
+            Qwen2-VL: down when downscaling, up when upscaling, else to the nearest.
+    """
+
+    order: Order = "xyxy"
+    base: FrameBase = "image"
+    width: float = 1.0
+    height: float = 1.0
+    is_capped: bool = False
+    side_multiple: int = 1
+
+    @property
+    def unit(self) -> Unit | None:
+        """Unit of coordinates in this frame, or None without a name."""
+        corners = replace(self, order="xyxy")
+        return next((unit for unit, frame in UNIT_FRAMES.items() if frame == corners), None)
+
+    def compute_size(self, height: Any, width: Any) -> tuple[Any, Any]:
+        """Return height and width of images in the unit of the coordinates.
+
+        Args:
+            height: Height of an image, or an array of heights.
+        """
+        if self.base in ("image", "stored"):
+            return height, width
+        if self.base == "fixed":
+            return self.height, self.width
+        if self.base == "resized":
+            return _resize(height, width)
+        factor = self.width / get_reference_side(self.base, height, width)
+        if self.is_capped:
+            factor = np.minimum(factor, 1.0)
+        if self.side_multiple == 1:
+            return height * factor, width * factor
+        return self._round_to_multiple(height, factor), self._round_to_multiple(width, factor)
+
+    def _round_to_multiple(self, side: Any, factor: Any) -> Any:
+        cells = side * factor / self.side_multiple
+        nearest = np.where(factor > 1, np.ceil(cells), np.rint(cells))
+        return self.side_multiple * np.maximum(np.where(factor < 1, np.floor(cells), nearest), 1.0)
+
+    def to_pixels(self, coordinates: Iterable[float], image_size: ImageSize) -> Box:
+        """Convert four coordinates of this frame to two corners in pixels of the image."""
+        x1, y1, x2, y2 = to_corners(self.order, map(float, coordinates))
+        if self.base == "image" and self.order == "xyxy":
+            return x1, y1, x2, y2
+        scale_x = 1.0
+        scale_y = 1.0
+        if self.base != "image":
+            height, width = image_size
+            unit_height, unit_width = self.compute_size(height, width)
+            scale_x = width / unit_width
+            scale_y = height / unit_height
+        # Without floating-point noise, a box survives conversion in both directions.
+        return (
+            round(x1 * scale_x, BOX_DECIMALS),
+            round(y1 * scale_y, BOX_DECIMALS),
+            round(x2 * scale_x, BOX_DECIMALS),
+            round(y2 * scale_y, BOX_DECIMALS),
+        )
+
+
+def _scale_sides(side: float) -> Frame:
+    """Return the frame of image sides that are scaled to a length."""
+    return Frame(base="fixed", width=side, height=side)
+
+
+UNIT_FRAMES: dict[Unit, Frame] = {
+    "pixel": Frame(),
+    "resized": Frame(base="resized"),
+    "1": _scale_sides(1.0),
+    "100": _scale_sides(100.0),
+    "1000": _scale_sides(1000.0),
+}
+
+
+@cache
+def get_frame(order: Order, unit: Unit) -> Frame:
+    """Return the frame of coordinates with an order and a unit."""
+    return replace(UNIT_FRAMES[unit], order=order)
+
+
+def get_reference_side(base: FrameBase, height: Any, width: Any) -> Any:
+    """Return the image dimension that `Frame.width` replaces: a side, a mean side, or 1."""
+    if base == "longest":
+        return np.maximum(width, height)
+    if base == "shortest":
+        return np.minimum(width, height)
+    return np.sqrt(width * height) if base == "pixels" else np.ones_like(width)
+
+
+def _resize(height: Any, width: Any) -> tuple[Any, Any]:
+    """Return height and width of images that Qwen2.5-VL resizes."""
+    if np.ndim(height) == 0:
+        return smart_resize((height, width), RESIZE_LIMITS, 28)
+    sizes = zip(height.tolist(), width.tolist(), strict=True)
+    resized_N2 = np.array([smart_resize(size, RESIZE_LIMITS, 28) for size in sizes], np.float64)
+    return resized_N2[:, 0], resized_N2[:, 1]
+
+
+def smart_resize(
+    original_size: tuple[int, int],
+    limits: PixelRange,
+    factor: int,
+    num_frames: int = 1,
+    temporal_size: int = 1,
+) -> tuple[int, int]:
+    """Scale an image size into a range of pixel counts, rounded to multiples of `factor`.
+
+    Sides are rounded down to meet the maximum and up to meet the minimum. As in the reference
+    preprocessor, they are rounded before the pixel count is compared. The pixels of all frames of a
+    video are counted.
+    """
+    height, width = original_size
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    num_pixels = math.prod(rounded) * round(num_frames / temporal_size) * temporal_size
+    if num_pixels > limits.max_pixels:
+        downscale = math.sqrt((num_frames * height * width) / limits.max_pixels)
+        return (
+            max(factor, math.floor(height / downscale / factor) * factor),
+            max(factor, math.floor(width / downscale / factor) * factor),
+        )
+    if num_pixels < limits.min_pixels:
+        upscale = math.sqrt(limits.min_pixels / (num_frames * height * width))
+        return (
+            math.ceil(height * upscale / factor) * factor,
+            math.ceil(width * upscale / factor) * factor,
+        )
+    return rounded

@@ -116,13 +116,31 @@ def make_resized_copy(rng: random.Random) -> BoxTransform:
     return transform
 
 
+def make_odd_copy(rng: random.Random) -> BoxTransform:
+    """Sample a size of all images that no tool writes, which `check` does not search."""
+    sides = rng.randint(211, 1499), rng.randint(211, 1499)
+
+    def transform(box: BoxCorners, size: tuple[int, int], _: random.Random) -> BoxCorners:
+        fractions = to_units(1, 9, box, size, None)
+        return tuple(round(share * sides[axis % 2], 1) for axis, share in enumerate(fractions))
+
+    return transform
+
+
+def to_yxyx(box: BoxCorners, size: tuple[int, int], rng: random.Random) -> BoxCorners:
+    x1, y1, x2, y2 = box
+    return y1, x1, y2, x2
+
+
 FAULTS = (
     ConventionFault("xywh as xyxy", "boxes-xywh", lambda rng: to_xywh),
+    ConventionFault("yxyx as xyxy", "boxes-yxyx", lambda rng: to_yxyx),
     ConventionFault(
         "0-1000 as pixels", "boxes-thousandths", lambda rng: partial(to_units, 1000, 0)
     ),
     ConventionFault("0-1 as pixels", "boxes-normalized", lambda rng: partial(to_units, 1, 4)),
     ConventionFault("a resized copy", "boxes-resized", make_resized_copy),
+    ConventionFault("a copy of an odd size", "boxes-resized", make_odd_copy),
     ConventionFault(
         "before the EXIF turn", "boxes-before-exif-rotation", lambda rng: lambda box, *_: box, True
     ),

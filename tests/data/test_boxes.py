@@ -11,8 +11,6 @@ from case_files import load_cases
 from finesight.data.boxes import (
     MAX_JSON_DEPTH,
     BoxConvention,
-    BoxFormat,
-    BoxUnits,
     TextBox,
     TextCoordinates,
     clip_to_image,
@@ -25,23 +23,34 @@ from finesight.data.boxes import (
 )
 from finesight.data.formats.table import find_stated_format
 from finesight.errors import UserError
-from finesight.samples.frames import Box
+from finesight.samples.frames import Box, Order, Unit
 
 CASES = load_cases("boxes")
 
 SIZE = (200, 500)
 CORNERS: Box = (50.0, 20.0, 150.0, 80.0)
-PIXELS = {"xyxy": (50, 20, 150, 80), "xywh": (50, 20, 100, 60), "cxcywh": (100, 50, 100, 60)}
+PIXELS = {
+    "xyxy": (50, 20, 150, 80),
+    "xywh": (50, 20, 100, 60),
+    "cxcywh": (100, 50, 100, 60),
+    "yxyx": (20, 50, 80, 150),
+}
 
 
-@pytest.mark.parametrize("units", get_args(BoxUnits))
-@pytest.mark.parametrize("form", get_args(BoxFormat))
-def test_all_box_formats_give_the_same_corners(form: BoxFormat, units: BoxUnits) -> None:
+@pytest.mark.parametrize("units", get_args(Unit))
+@pytest.mark.parametrize("form", get_args(Order))
+def test_all_box_formats_give_the_same_corners(form: Order, units: Unit) -> None:
     height, width = SIZE
-    full = {"pixel": (width, height), "1": (1, 1), "1000": (1000, 1000), "resized": (504, 196)}[
-        units
-    ]
+    full = {
+        "pixel": (width, height),
+        "1": (1, 1),
+        "100": (100, 100),
+        "1000": (1000, 1000),
+        "resized": (504, 196),
+    }[units]
     scales = (full[0] / width, full[1] / height) * 2
+    if form == "yxyx":
+        scales = scales[1:] + scales[:1]
     values = tuple(n * scale for n, scale in zip(PIXELS[form], scales, strict=True))
     assert BoxConvention(form, units).to_pixels(values, SIZE) == pytest.approx(CORNERS, abs=1e-9)
     # The nearest float.

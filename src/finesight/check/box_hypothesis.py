@@ -148,7 +148,7 @@ def find_invalid_boxes(boxes: Floats, claims: BoxClaimTable) -> Bools:
     is_outside = ((boxes < -tolerance) | (boxes > 1 + tolerance)).any(axis=1)
     pixels = boxes * sides
     starts, ends = claims.coordinates[:, :2], claims.coordinates[:, 2:]
-    is_point = (starts == ends).all(axis=1) & (claims.convention.format == "xyxy")
+    is_point = (starts == ends).all(axis=1) & (claims.convention.format in ("xyxy", "yxyx"))
     is_tiny = (pixels[:, 2:] - pixels[:, :2] * ~is_point[:, None] < 1).all(axis=1)
     is_inverted = np.where(is_point, boxes[:, 0] != boxes[:, 2], find_inverted_boxes(boxes))
     found: Bools = is_inverted | is_outside | is_tiny

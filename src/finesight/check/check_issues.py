@@ -52,6 +52,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
     "error": {
         "boxes-xywh": "boxes are xywh (corner and size) but are parsed differently",
         "boxes-cxcywh": "boxes are cxcywh (center and size) but are parsed differently",
+        "boxes-yxyx": "boxes are yxyx (two corners, y first) but are parsed differently",
         "boxes-xyxy": "boxes are xyxy (two corners) but are parsed differently",
         "boxes-pixels": "boxes are in pixels but are parsed differently",
         "boxes-thousandths": "boxes are in thousandths of the image but are parsed differently",

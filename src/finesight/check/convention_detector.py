@@ -32,7 +32,6 @@ of the samples is impossible. Otherwise no issue is reported.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,8 +59,8 @@ from finesight.check.box_hypothesis import (
     to_corner_table,
 )
 from finesight.check.check_issues import CheckIssue
-from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits
-from finesight.samples.frames import Frame, FrameBase, Order, get_reference_side
+from finesight.data.boxes import BoxConvention
+from finesight.samples.frames import Frame, FrameBase, Order, Unit, get_reference_side
 
 MIN_SCORE_DIFF = 2.0
 """Minimum difference of image scores with which a sample favors one of two hypotheses."""
@@ -70,10 +69,12 @@ _FORMAT_NAMES = {
     "xyxy": "two corners (x1, y1, x2, y2)",
     "xywh": "a corner and a size (x, y, width, height)",
     "cxcywh": "a center and a size (x, y, width, height)",
+    "yxyx": "two corners with y first (y1, x1, y2, x2)",
 }
 _UNIT_NAMES = {
     **{"pixel": "pixels", "resized": "pixels of the image as Qwen2.5-VL resizes it"},
     **{"1": "fractions of the image", "1000": "thousandths of the image"},
+    "100": "percent of the image",
 }
 
 
@@ -306,6 +307,57 @@ MAX_SCALE = 2.6
 The smallest candidate just contains all boxes. In larger frames, all boxes would be in one corner.
 """
 
+SQUARE_SIDES = (
+    224,
+    256,
+    320,
+    336,
+    384,
+    416,
+    448,
+    512,
+    560,
+    600,
+    608,
+    640,
+    672,
+    768,
+    800,
+    896,
+    980,
+    1008,
+    1024,
+    1120,
+    1280,
+    1344,
+)
+RECTANGLES = (
+    (504, 280),
+    (600, 450),
+    (640, 360),
+    (640, 480),
+    (700, 420),
+    (800, 600),
+    (854, 480),
+    (960, 540),
+    (1024, 576),
+    (1024, 768),
+    (1280, 720),
+    (1280, 800),
+    (1280, 960),
+    (1333, 800),
+    (1366, 768),
+    (1600, 900),
+    (1920, 1080),
+)
+
+FIXED_SIZES = (
+    *((side, side) for side in SQUARE_SIDES),
+    *RECTANGLES,
+    *((height, width) for width, height in RECTANGLES),
+)
+"""Widths and heights to which training tools, annotation tools and cameras resize images."""
+
 NUM_COARSE_IMAGES = 150
 
 NUM_SEEDS = 3
@@ -340,9 +392,9 @@ def find_frame(
 
     Returns it with the number of tested frames, which increases the false-positive probability.
 
-    The search tests sizes in steps of 3 %, then in finer steps around the best sizes of each resize
-    rule. The rules differ only if the images differ in size. Of rules that fit equally well, the
-    simplest is returned.
+    Candidates are the sizes that tools write, and each rule that preserves the aspect ratio in
+    steps of 3 %, then in finer steps around its best sizes. The rules differ only if the images
+    differ in size. Of rules that fit equally well, the simplest is returned.
     """
     corners = to_corner_table(box_format, claims.coordinates)
 
@@ -355,27 +407,28 @@ def find_frame(
         return scores
 
     coarse_frames = _list_candidate_frames(claims, box_format, corners)
+    if not coarse_frames:
+        return Frame(box_format), 0
     means = _mean_scores(score_frames(coarse_frames, evidence.take(NUM_COARSE_IMAGES), 1))
-    seeds = [
-        coarse_frames[index]
-        for group in _group_by_kind(coarse_frames)
-        for index in sorted(group, key=lambda n: -means[n])[:NUM_SEEDS]
-    ]
-    fine_steps = [FINE_STEP**step for step in range(-3, 4)]
-    fine_frames = []
-    for seed in seeds:
-        is_fixed = seed.base == "fixed"
-        combine = itertools.product if is_fixed else zip
-        for x, y in combine(fine_steps, fine_steps):
-            fine_frames.append(replace(seed, width=seed.width * x, height=seed.height * y))
+    fine_frames: list[Frame] = []
+    for group in _group_by_kind(coarse_frames):
+        for index in sorted(group, key=lambda n: -means[n])[:NUM_SEEDS]:
+            fine_frames += _refine_frame(coarse_frames[index])
     scores = score_frames(fine_frames, evidence, NUM_CONTROLS)
     means = _mean_scores(scores)
     best, *others = (max(group, key=means.__getitem__) for group in _group_by_kind(fine_frames))
     for index in others:
         if evidence.z_score(scores[:, index] - scores[:, best]) > MIN_Z_GAIN:
             best = index
-    num_tries = len(coarse_frames) + len(fine_frames)
-    return fine_frames[best], num_tries
+    return fine_frames[best], len(coarse_frames) + len(fine_frames)
+
+
+def _refine_frame(seed: Frame) -> list[Frame]:
+    """Return frames of sizes around that of a rule; a fixed size is exact."""
+    if seed.base == "fixed":
+        return [seed]
+    steps = [FINE_STEP**step for step in range(-3, 4)]
+    return [replace(seed, width=seed.width * step, height=seed.height * step) for step in steps]
 
 
 def _list_candidate_frames(
@@ -383,7 +436,8 @@ def _list_candidate_frames(
 ) -> list[Frame]:
     """Return frames of one size for all images, and frames with the aspect ratio of each image.
 
-    The latter are omitted if all images have the same size, because both are then equivalent.
+    Of the latter, only scale factors remain if all images have the same size, because all rules
+    are then equivalent.
     """
 
     def max_extent(values: Floats) -> float:
@@ -393,20 +447,24 @@ def _list_candidate_frames(
         num_steps = math.ceil(math.log(MAX_SCALE) / math.log(COARSE_STEP))
         return [0.99 * max_extent(values) * COARSE_STEP**step for step in range(num_steps)]
 
-    x, y = corners[:, 2], corners[:, 3]
+    def contains_boxes(side: int, values: Floats) -> bool:
+        return 0.99 * max_extent(values) <= side <= MAX_SCALE * max_extent(values)
+
+    x = corners[:, 2]
+    y = corners[:, 3]
     frames = [
         Frame(box_format, "fixed", width, height)
-        for width, height in itertools.product(list_sizes(x), list_sizes(y))
+        for width, height in FIXED_SIZES
+        if contains_boxes(width, x) and contains_boxes(height, y)
     ]
-    if np.ptp(claims.width) == 0 and np.ptp(claims.height) == 0:
-        return frames
     extent = np.maximum(x / claims.width, y / claims.height)
-    for base, is_capped, side_multiple in FRAME_KINDS:
+    has_one_size = np.ptp(claims.width) == 0 and np.ptp(claims.height) == 0
+    for base, is_capped, side_multiple in FRAME_KINDS[:1] if has_one_size else FRAME_KINDS:
         if is_capped and max_extent(extent) > 1.01:
             continue
         min_side = extent * get_reference_side(base, claims.height, claims.width)
-        sizes = list_sizes(min_side)
-        frames += [Frame(box_format, base, size, size, is_capped, side_multiple) for size in sizes]
+        for size in list_sizes(min_side):
+            frames.append(Frame(box_format, base, size, size, is_capped, side_multiple))
     return frames
 
 
@@ -454,9 +512,9 @@ MIN_SIDE_SHIFT = 0.01
 MIN_Z = 4.0
 """Minimum z score to prefer one hypothesis over another; its false-positive bound is 3e-4."""
 
-BOX_UNITS: tuple[BoxUnits, ...] = ("pixel", "1000", "1")
+BOX_UNITS: tuple[Unit, ...] = ("pixel", "1000", "1")
 
-BOX_FORMATS: tuple[BoxFormat, ...] = ("xyxy", "xywh", "cxcywh")
+BOX_FORMATS: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh", "yxyx")
 
 
 def find_convention_issues(

@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from finesight.errors import UserError
 from finesight.samples.frames import (
@@ -30,12 +30,6 @@ from finesight.samples.frames import (
     rescale,
     to_corners,
 )
-
-BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
-"""Orders of box coordinates that `--box-format` accepts."""
-
-BoxUnits = Literal["pixel", "1", "1000", "resized"]
-"""Coordinate units that `--box-units` accepts."""
 
 
 class InvalidBoxError(UserError):
@@ -201,7 +195,7 @@ def clip_to_image(
         other = "xywh" if convention.format == "xyxy" else "xyxy"
         remedy = (
             f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-            f"{convention.units}, give --box-units pixel, 1, 1000 or resized"
+            f"{convention.units}, give --box-units pixel, 1, 100, 1000 or resized"
         )
     error_class: type[InvalidBoxError] = InvalidBoxError
     if is_point:
@@ -603,9 +597,9 @@ MIN_EXTENT = 0.1
 """Minimum of the largest coordinate, as a fraction of the shorter image side."""
 
 COORDINATE_REMEDIES = {
-    "boxes": "give --box-units pixel, 1000, 1 or resized at import, which converts [x1, y1, x2, y2]"
-    " and (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in questions, write"
-    " them as box parts of samples",
+    "boxes": "give --box-units pixel, 1000, 100, 1 or resized at import, which converts"
+    " [x1, y1, x2, y2] and (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in"
+    " questions, write them as box parts of samples",
     "points": "write them as point_2d in JSON, or as point parts of samples, which are converted",
 }
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finesight.bounded_files import find_existing
-from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import PACKED_SUFFIXES, open_sample_source, read_first_record
 from finesight.data.folder_listing import ROW_SUFFIXES, FolderListing, list_folder
 from finesight.data.formats import (
@@ -54,6 +53,7 @@ from finesight.data.row_reader import (
 from finesight.data.sample import Sample, validate_roles
 from finesight.errors import UserError
 from finesight.path_patterns import is_glob
+from finesight.samples.frames import Order, Unit
 
 if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
@@ -99,8 +99,8 @@ class ImportOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
     replace_prompts: str | None = None
-    box_format: BoxFormat | None = None
-    box_units: BoxUnits | None = None
+    box_format: Order | None = None
+    box_units: Unit | None = None
     row_range: tuple[int | None, int | None] = (None, None)
     limit: int | None = None
     eval_last: int | None = None

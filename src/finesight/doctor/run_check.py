@@ -671,6 +671,7 @@ def _list_hypotheses(
     """
     yield Frame("xywh"), "x, y, width, height", "--box-format xywh"
     yield Frame("cxcywh"), "center, width, height", "--box-format cxcywh"
+    yield Frame("yxyx"), "y1, x1, y2, x2", "--box-format yxyx"
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = claims.coordinates / reference.coordinates
     valid_ratios = ratios[np.isfinite(ratios) & (ratios > 0)]

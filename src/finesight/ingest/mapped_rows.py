@@ -13,7 +13,7 @@ from functools import partial
 from string import ascii_uppercase
 from typing import Any, NamedTuple, get_args
 
-from finesight.data.boxes import InvalidBoxError, parse_coordinates
+from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.conversation_rows import decode_json, parse_tools, read_tool_call
 from finesight.data.formats.dataset_format import (
     NUMBERED_IMAGE,
@@ -709,7 +709,7 @@ class SampleBuilder:
             label = None
             if regions.label is not None:
                 label = self.values.evaluate_text(regions.label, item, "label")
-            pairs.append((_apply_frame(numbers, regions.frame), label))
+            pairs.append((list(numbers), label))
         return pairs
 
     def _check_no_region(self, regions: Boxes | Points, item: Scope, role: str) -> None:
@@ -989,18 +989,6 @@ def _check_coordinates(numbers: Any, role: str, count: int) -> list[Any]:
 def _is_number(value: object) -> bool:
     """Return whether a value is a number or a text, which may be one."""
     return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
-def _apply_frame(numbers: Sequence[Any], frame: Frame) -> list[Any]:
-    """Return coordinates with x before y, and those in percent as fractions."""
-    sorted_numbers = list(numbers)
-    if frame.order == "yxyx":
-        pairs = [numbers[start : start + 2][::-1] for start in range(0, len(numbers), 2)]
-        sorted_numbers = [number for pair in pairs for number in pair]
-    if frame.unit == "percent":
-        with suppress(InvalidBoxError):  # raised again when the box is created
-            return [number / 100 for number in parse_coordinates(sorted_numbers)]
-    return sorted_numbers
 
 
 def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:

@@ -30,9 +30,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails
 
 from finesight.bounded_files import load_yaml, read_text
-from finesight.data.boxes import BoxConvention, BoxUnits
+from finesight.data.boxes import BoxConvention
 from finesight.errors import UserError, suggest_name
 from finesight.ingest.field_path import FieldPath, PathStep, parse_path
+from finesight.samples.frames import Unit
 
 MAPPING_VERSION = 1
 
@@ -375,18 +376,15 @@ class Frame(MappingSection):
 
     @property
     def convention(self) -> BoxConvention:
-        """Return the convention of coordinates that are sorted by x and y."""
-        units: dict[str, BoxUnits] = {
+        """Return the convention of the coordinates."""
+        units: dict[str, Unit] = {
             "pixels": "pixel",
             "fractions": "1",
-            "percent": "1",  # divided when it is read
+            "percent": "100",
             "thousandths": "1000",
             "resized": "resized",
         }
-        unit = units[self.unit]
-        if self.order == "yxyx":  # sorted when it is read
-            return BoxConvention("xyxy", unit)
-        return BoxConvention(self.order, unit)
+        return BoxConvention(self.order, units[self.unit])
 
 
 class Boxes(Elements):

@@ -216,21 +216,22 @@ class SourceOptions(TableOptions, total=False):
         ),
     ]
     box_format: Annotated[
-        Literal["xyxy", "xywh", "cxcywh"] | None,
+        Literal["xyxy", "xywh", "cxcywh", "yxyx"] | None,
         Parameter(
             "Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
-            "height) or cxcywh (center x, center y, width, height). Default: of the format "
+            "height), cxcywh (center x, center y, width, height) or yxyx (top, left, bottom, "
+            "right). Default: of the format "
             "(page Bounding boxes of the documentation) or the column names of a table (x,y,w,h: "
             "xywh), else xyxy.",
         ),
     ]
     box_units: Annotated[
-        Literal["pixel", "1", "1000", "resized"] | None,
+        Literal["pixel", "1", "100", "1000", "resized"] | None,
         Parameter(
             "Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
-            "width and height), 1000 (thousandths) or resized (pixels of the image as Qwen2.5-VL "
-            "resizes it with its published limits; for other limits, scale the boxes first). "
-            "Default: of the format (page Bounding boxes of the documentation), else pixel."
+            "width and height), 100 (percent), 1000 (thousandths) or resized (pixels of the image "
+            "as Qwen2.5-VL resizes it with its published limits; for other limits, scale the boxes "
+            "first). Default: of the format (page Bounding boxes of the documentation), else pixel."
         ),
     ]
     pages: PagesOption

@@ -294,6 +294,7 @@ CHECKS: dict[str, list[str]] = {
     "Convention of box coordinates": [
         "boxes-xywh",
         "boxes-cxcywh",
+        "boxes-yxyx",
         "boxes-xyxy",
         "boxes-pixels",
         "boxes-thousandths",

@@ -54,7 +54,7 @@ def test_answers_of_qwen25_vl_are_in_resized_pixels(tmp_path: Path, size: tuple[
         assert found == [pytest.approx(one, abs=half_unit + 1e-6) for one in expected], text
     with pytest.raises(UserError, match=r"units of resized.*outside its image") as caught:
         scene.create_box([0, 0, frame[1] + 40, 9], "a", BoxConvention())
-    assert "give --box-units pixel, 1, 1000 or resized" in caught.value.remedy
+    assert "give --box-units pixel, 1, 100, 1000 or resized" in caught.value.remedy
 
 
 def test_written_text_reads_back_the_same(folder: Path) -> None:

@@ -21,8 +21,6 @@ from finesight.bounded_files import DuplicateKeyError, parse_unique_json
 from finesight.components import Component, NoSettings
 from finesight.data.boxes import (
     BoxConvention,
-    BoxFormat,
-    BoxUnits,
     InvalidBoxError,
     StrayBoxError,
     TextBox,
@@ -55,7 +53,7 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError, describe_indices
 from finesight.plugins import PluginKind
-from finesight.samples.frames import Box
+from finesight.samples.frames import Box, Order, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +228,8 @@ class ImportContext:
     ignorable_columns: frozenset[str] | None = None
     prompt: str | None = None
     replacement: str | None = None
-    box_format: BoxFormat | None = None
-    box_units: BoxUnits | None = None
+    box_format: Order | None = None
+    box_units: Unit | None = None
     box_task: BoxTask = "detection"
     lenient: bool = False
     has_box_options: bool = True
@@ -272,7 +270,7 @@ class ImportContext:
         convention = self.resolve_convention(default)
         coordinates = parse_coordinates(value)
         is_point = len(coordinates) == 2
-        if is_point:
+        if is_point and convention.format != "yxyx":
             convention = replace(convention, format="xyxy")
         a, b, c, d = (*coordinates, *coordinates)[:4]
         self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention))

@@ -21,15 +21,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from string import ascii_uppercase
-from typing import get_args
 
 import yaml
 
 from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import (
     BoxConvention,
-    BoxFormat,
-    BoxUnits,
     InvalidBoxError,
     StrayBoxError,
     box_area,
@@ -88,6 +85,7 @@ from finesight.data.sample import (
     list_coordinates,
 )
 from finesight.errors import UserError, describe_choices, format_count, suggest_name
+from finesight.samples.frames import Order, Unit
 
 _COLUMN_ROLES = ("image", "answer", "question", "box", "label")
 MEDIA_ROLES = ("image", "video")
@@ -144,8 +142,8 @@ def _list_names(role: str) -> list[str]:
 _ANSWER_NAMES = _list_names("text")
 _COMMON_NAMES = {role: _list_names(role) for role in (*_COLUMN_ROLES, "video")}
 _COMMON_NAMES["answer"] = [*_ANSWER_NAMES, *_list_names("other")]
-_BOX_FORMATS: tuple[BoxFormat, ...] = get_args(BoxFormat)
-_BOX_COLUMNS = {box_format: _list_names(box_format) for box_format in _BOX_FORMATS}
+_NAMED_ORDERS: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh")
+_BOX_COLUMNS = {order: _list_names(order) for order in _NAMED_ORDERS}
 
 _OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
 """Names of the columns with the options of a multiple-choice question."""
@@ -470,7 +468,7 @@ def _list_boxes(records: Iterable[Record], column: str) -> list[list[float]] | N
 
 def guess_box_options(
     records: Sequence[Record], column: str, sizes: Sequence[tuple[float, float] | None]
-) -> tuple[BoxFormat | None, BoxUnits | None]:
+) -> tuple[Order | None, Unit | None]:
     """Return box format and units where the values contradict the default of the column.
 
     A format that the names of the columns state is never changed. Otherwise the areas of COCO
@@ -481,11 +479,11 @@ def guess_box_options(
     """
     boxes = _list_boxes(records, column) or []
     is_fraction = bool(boxes) and max(map(max, boxes)) <= 1
-    units: BoxUnits | None = "1" if is_fraction else None
+    units: Unit | None = "1" if is_fraction else None
     default = get_default_convention(column).format
     if find_stated_format(column) is not None:
         return None, units
-    other: BoxFormat = "xywh" if default == "xyxy" else "xyxy"
+    other: Order = "xywh" if default == "xyxy" else "xyxy"
     valid: Counter[str] = Counter()
     areas: Counter[str] = Counter()
     area_column = f"{column.rpartition('.')[0]}.area".removeprefix(".")
@@ -508,7 +506,7 @@ def guess_box_options(
 
 def find_box_format(
     records: Sequence[Record], columns: str, sizes: Sequence[tuple[float, float] | None]
-) -> BoxFormat | None:
+) -> Order | None:
     """Return the format in which four columns are boxes inside the image of each record.
 
     Boxes with a size must reach beyond half of an image; smaller numbers may be other values.
@@ -1336,12 +1334,12 @@ def get_default_convention(column: str) -> BoxConvention:
 
     Boxes under `objects` are those of Hugging Face datasets, in the format of COCO.
     """
-    default: BoxFormat = "xywh" if column.startswith("objects.") else "xyxy"
+    default: Order = "xywh" if column.startswith("objects.") else "xyxy"
     return BoxConvention(find_stated_format(column) or default)
 
 
 @functools.lru_cache(maxsize=100)
-def find_stated_format(column: str) -> BoxFormat | None:
+def find_stated_format(column: str) -> Order | None:
     """Return the box format that the name of a column, or of four columns, states."""
     coordinates = ",".join(map(_normalize_coordinate, column.split(",")))
     stated = _FORMAT_IN_NAME.search(column)

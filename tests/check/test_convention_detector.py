@@ -70,6 +70,10 @@ def xywh(box: Coordinates, size: tuple[int, int]) -> Coordinates:
     return box[0], box[1], box[2] - box[0], box[3] - box[1]
 
 
+def yxyx(box: Coordinates, size: tuple[int, int]) -> Coordinates:
+    return box[1], box[0], box[3], box[2]
+
+
 def in_fixed_frame(width: float, height: float) -> BoxTransform:
     """Boxes in a frame of a fixed size."""
 
@@ -138,6 +142,7 @@ def test_convention_is_detected_despite_outliers(objects):
     ("code", "change"),
     [
         ("boxes-xywh", xywh),
+        ("boxes-yxyx", yxyx),
         ("boxes-thousandths", in_fixed_frame(1000, 1000)),
         ("boxes-normalized", in_fixed_frame(1, 1)),
         ("boxes-resized", in_fixed_frame(224, 224)),

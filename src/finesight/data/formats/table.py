@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from string import ascii_uppercase
+from types import NoneType
 from typing import get_args
 
 import yaml
@@ -859,7 +860,7 @@ def _require_texts(
         text = ""
         if is_options and isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
             text = cell
-            value = decode_json_list(text, (str, int, float, list, tuple, dict))
+            value = decode_json_list(text, (str, int, float, list, tuple, dict, NoneType))
         if not has_value(cell) or not _is_structure(value):
             continue
         if is_options and isinstance(value, list) and _has_texts(value):

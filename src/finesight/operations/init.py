@@ -706,13 +706,14 @@ def _find_nested_image(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
     """Format the question about all objects with their classes; None for too many classes."""
+    from finesight.data.formats.dataset_format import escape_placeholders
     from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
     from finesight.data.formats.table import list_labels
 
     names = list_labels(opened.iter_rows(), label)
     if not 0 < len(names) <= MAX_PROMPT_CLASSES:
         return None
-    return DETECTION_PROMPT.format(labels=", ".join(names))
+    return DETECTION_PROMPT.format(labels=escape_placeholders(", ".join(names)))
 
 
 def find_device() -> tuple[str, int]:

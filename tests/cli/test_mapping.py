@@ -217,6 +217,28 @@ def test_named_columns_decide_whether_there_is_a_header(
     assert note in printed.out
 
 
+@pytest.mark.parametrize(
+    ("first", "roles", "num_samples"),
+    [
+        # 0 is the first row of the group.
+        ("a.png,0,tan", {"group": "3", "images": "rows.0.1", "answer": "rows.0.3"}, 3),
+        # Columns of a header that are numbers, also in another order.
+        ("0,1,2", {"images": "0", "answer": "2"}, 2),
+        ("2,1,3", {"images": "2", "answer": "3"}, 2),
+    ],
+)
+def test_only_columns_decide_whether_there_is_a_header(
+    folder, cli, first, roles, num_samples
+) -> None:
+    source = folder / "rows.csv"
+    source.write_text(f"{first}\na.png,1,red\nb.png,2,blue\n", encoding="utf-8")
+    mapping = {"version": 1, **roles, "ignore": ["*"]}
+    (folder / "m.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    options = ["--mapping", folder / "m.yaml", "--prompt", "Which?"]
+    printed = cli("import", source, folder / "out", *options)
+    assert f"out/data.jsonl: {num_samples} samples" in printed.out
+
+
 def test_names_that_are_values_need_no_header(folder, cli, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     Path("rows.tsv").write_text("a\tred?\tno\na\tblue?\tyes\n", encoding="utf-8")

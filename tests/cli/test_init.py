@@ -280,7 +280,7 @@ def test_split_of_the_source_is_kept(run_init):
     ("num_pairs", "label", "objective"),
     [(24, {}, "dpo"), (23, {}, "sft"), (23, {"label": False}, "kto"), (0, {"label": True}, "kto")],
 )
-def test_preferences_select_the_objective(run_init, num_pairs, label, objective):
+def test_preferences_select_the_objective(cli, num_pairs, label, objective):
     rows = []
     for i in range(24):
         write_image(Path(f"{i}.png"), i)
@@ -289,7 +289,11 @@ def test_preferences_select_the_objective(run_init, num_pairs, label, objective)
             row |= {"chosen": row.pop("completion"), "rejected": f"No {i + 1}."}
         rows.append(row if i < num_pairs else row | label)
     Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    recipe = yaml.safe_load(Path(run_init("pairs.jsonl")["recipe"]).read_text())
+    printed = cli("init", "pairs.jsonl", *YES)
+    assert (f"{num_pairs} preference pairs: an answer, and a rejected one" in printed.out) == (
+        num_pairs > 0
+    )
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
     train = recipe["train"]
     # Answers with the label false are not references.
     assert "eval" in recipe["data"]

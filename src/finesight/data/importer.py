@@ -222,6 +222,7 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 """Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
 NOTE_FIRST_FRAME = "images are animated; only the first frame is used"
+NOTE_PREFERENCE_PAIRS = "preference pairs: an answer, and a rejected one"
 NOTE_UNFINISHED_REASONING = "answers of a <think> without </think>: complete or remove them"
 MAX_KEY_SIDE = 256
 """Maximum side of the grid of pixels by which images are compared before all their pixels are."""
@@ -659,7 +660,9 @@ def _parse_rows(
 def _note_texts(
     example: ImportExample, context: ImportContext, coordinates: TextCoordinates
 ) -> None:
-    """Note the coordinates in the texts of an example, and answers with unfinished reasoning."""
+    """Note coordinates in the texts of an example, a rejected answer, and unfinished reasoning."""
+    if example.rejected:
+        context.row_notes[NOTE_PREFERENCE_PAIRS] += 1
     parts: list[ContentPart] = []
     answers = list(example.answers)
     for message in example.prompt_messages:

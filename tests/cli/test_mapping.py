@@ -289,6 +289,34 @@ def test_rows_of_unknown_keys_end_with_a_draft(folder, cli, monkeypatch, record)
     assert "\nanswer:\n" in draft or "\nfields: " in draft
 
 
+@pytest.mark.parametrize(
+    ("file", "role", "template"),
+    [
+        ("scans/s-{}.png", "images", "scans/s-{scan}.png"),
+        ("clips/{:04}.mp4", "videos", "clips/{scan:04}.mp4"),
+    ],
+)
+def test_draft_has_the_template_of_the_files(
+    folder, cli, monkeypatch, file, role, template
+) -> None:
+    """The draft has the columns that the message of the same run proposes."""
+    monkeypatch.chdir(folder)
+    Path(file).parent.mkdir()
+    Path("a.png").rename(file.format(17))
+    Path("b.png").rename(file.format(18))
+    Path("rows.csv").write_text("scan,caption\n17,two cups\n18,a jug\n", encoding="utf-8")
+    printed = cli("import", "rows.csv", "out", code=2)
+    assert "--map answer=caption" in printed.err
+    text = Path("out-mapping.yaml").read_text(encoding="utf-8")
+    draft = yaml.safe_load(text)
+    assert draft[role] == {"template": template}
+    assert draft["answer"] == "caption"
+    assert text.endswith("with an example:\n")
+    if role == "images":
+        options = ["--mapping", "out-mapping.yaml", "--prompt", "Describe."]
+        assert "2 samples" in cli("import", "rows.csv", "out", *options).out
+
+
 def test_draft_names_the_folder_of_images(folder, cli, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     (folder / "photos").mkdir()

@@ -543,6 +543,17 @@ def has_unknown_texts(records: Sequence[Record], columns: Mapping[str, str]) -> 
 
 def suggest_mapping(record: Record) -> str:
     """Suggest `--map` options for a record, by the values or the names of its columns."""
+    columns = suggest_columns(record)
+    if columns.keys().isdisjoint(MEDIA_ROLES):
+        columns["image"] = "COLUMN"
+    if not any(map(columns.get, ("answer", "fields", "box"))):
+        columns["answer"] = "COLUMN"
+    pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
+    return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+
+
+def suggest_columns(record: Record) -> dict[str, str]:
+    """Suggest the columns of a record by role, by their values or their names."""
     columns = guess_columns([record])
     if columns.keys().isdisjoint(MEDIA_ROLES):
         columns = {}
@@ -551,15 +562,10 @@ def suggest_mapping(record: Record) -> str:
             is_second = role == "video" and "image" in columns
             if column is not None and column not in columns.values() and not is_second:
                 columns[role] = column
-        if "video" not in columns:
-            columns.setdefault("image", "COLUMN")
         if "question" in columns:
             others = [name for name in record if name not in columns.values()]
             columns["question"] = ",".join([columns["question"], *_list_options(others)])
-    if not any(map(columns.get, ("answer", "fields", "box"))):
-        columns["answer"] = "COLUMN"
-    pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
-    return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+    return columns
 
 
 def suggest_numbered_mapping(

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from image_fixtures import write_gray_image
 
+from finesight.data.sample import read_samples
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -315,6 +317,38 @@ def test_draft_has_the_template_of_the_files(
     if role == "images":
         options = ["--mapping", "out-mapping.yaml", "--prompt", "Describe."]
         assert "2 samples" in cli("import", "rows.csv", "out", *options).out
+
+
+TURNS = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "red"}]
+UNFOUND = [
+    {"prompt": "Which?", "completion": "red"},
+    {"question": "Which?", "chosen": "red", "rejected": "blue"},
+    {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}]},
+    {"conversations": TURNS},
+]
+
+
+@pytest.mark.parametrize("command", ["import", "init"])
+@pytest.mark.parametrize("row", UNFOUND, ids=["prompt", "pair", "messages", "conversations"])
+def test_rows_with_the_number_of_an_image_end_with_a_mapping(
+    folder, cli, monkeypatch, row, command
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "a.png").rename(folder / "photos-7.jpg")
+    rows = [{"image_id": 7, "source": "web", **row}] * 3
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    words = {"import": ["out"], "init": ["--out", "out", "--yes", "--model", "finesight-tiny"]}
+    printed = cli(command, "rows.jsonl", *words[command], code=2)
+    remedy = "write the folder of the images instead of FOLDER in out-mapping.yaml, and give"
+    assert f"{remedy} --mapping out-mapping.yaml" in printed.err
+    draft = Path("out-mapping.yaml")
+    draft.write_text(draft.read_text().replace("FOLDER/", "photos-"))
+    cli("import", "rows.jsonl", "out", "--mapping", draft)
+    sample = read_samples(Path("out/data.jsonl"))[0]
+    assert sample.messages[0].content[0].image.endswith("photos-7.jpg")
+    assert [message.content[-1].text for message in sample.messages] == ["Which?", "red"]
+    assert sample.meta == {"source": "web"}
+    assert bool(sample.rejected) == ("rejected" in row)
 
 
 def test_draft_names_the_folder_of_images(folder, cli, monkeypatch) -> None:

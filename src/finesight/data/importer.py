@@ -31,7 +31,7 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     UnexpectedPlaceholderError,
 )
-from finesight.data.formats.row_keys import UnsupportedKeyError
+from finesight.data.formats.row_keys import UnfoundMediaError, UnsupportedKeyError
 from finesight.data.image_file import (
     CorruptImageError,
     PixelKey,
@@ -421,8 +421,14 @@ class _InvalidRows:
                 " convention is probably wrong"
             )
         remedy, _ = self.remedies.most_common(1)[0]
-        expected = self.described[remedy][0][1].expected
-        return UserError("\n".join(lines), where=str(path), expected=expected, remedy=remedy)
+        _, first = self.described[remedy][0]
+        error_type = UnfoundMediaError if isinstance(first, UnfoundMediaError) else UserError
+        failure = error_type(
+            "\n".join(lines), where=str(path), expected=first.expected, remedy=remedy
+        )
+        if isinstance(failure, UnfoundMediaError) and isinstance(first, UnfoundMediaError):
+            failure.key = first.key
+        return failure
 
 
 @dataclass(frozen=True, slots=True)

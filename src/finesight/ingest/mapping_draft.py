@@ -6,10 +6,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finesight.data.formats.dataset_format import as_list
+from finesight.data.formats.row_keys import UnfoundMediaError
 from finesight.data.formats.table import MEDIA_ROLES, UnknownRolesError, suggest_columns
 from finesight.data.image_file import is_image_value
 from finesight.data.import_source import (
@@ -25,8 +27,9 @@ from finesight.data.row_reader import Record, RowReader, UnknownRowsError, open_
 from finesight.data.sample import is_video_path
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
+from finesight.ingest.mapping import MAPPING_VERSION
 from finesight.ingest.presets import with_preset
-from finesight.ingest.role_choices import add_folder, mark_optional
+from finesight.ingest.role_choices import add_folder, format_mapping, mark_optional
 from finesight.storage import has_content, write_new_file
 
 MAX_EXAMPLE_CHARS = 60
@@ -37,6 +40,25 @@ NUM_DRAFT_RECORDS = 100
 
 NUM_SEARCHED_RECORDS = 20
 """Number of records whose values must have a file each for a template of a draft."""
+
+TURN_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+"""Keys of role and text of a turn, by the key of the turns of a conversation."""
+
+ROLE_NAMES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+"""Role of a message by its name in a conversation."""
+
+TEXT_KEYS = {
+    "question": ("prompt", "question", "query", "instruction"),
+    "answer": ("chosen", "completion", "response", "answer", "output"),
+    "rejected": ("rejected", "rejected_response"),
+}
+"""Keys of the texts of a row, by their role."""
 
 HEADER = """\
 # Give each path below a role, or add it to meta (kept) or ignore (left out).
@@ -121,6 +143,52 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
     error.remedy = f"{error.remedy}; or {edit}"
 
 
+@contextmanager
+def draft_of_unfound_media(path: Path, options: ImportOptions, out: Path) -> Iterator[None]:
+    """Write a mapping for rows with the number of an image, and name it in the remedy."""
+    try:
+        yield
+    except UnfoundMediaError as error:
+        record: Record = {}
+        if path.is_file():
+            (row,) = options.open_file(path).iter_range(0, 1)
+            record = row.record
+        mapping = _build_row_mapping(record, error.key)
+        if mapping is not None:
+            draft = _write_beside(out, format_mapping(mapping))
+            error.remedy = (
+                f"write the folder of the images instead of FOLDER in {draft}, and give --mapping"
+                f" {draft}; or remove the key to train on the text alone"
+            )
+        raise
+
+
+def _build_row_mapping(record: Record, media_key: str) -> dict[str, Any] | None:
+    """Return the mapping of a conversation, or of a question and its answer; None for others."""
+    mapping: dict[str, Any] = {"version": MAPPING_VERSION}
+    mapping["images"] = {"template": f"FOLDER/{{{format_key(media_key)}}}.jpg"}
+    used = {media_key, "id"}
+    for key, (role, content) in TURN_KEYS.items():
+        turns = record.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            names = {"path": role, "values": ROLE_NAMES}
+            mapping["messages"] = {"each": key, "role": names, "content": content}
+            used.add(key)
+            break
+    else:
+        for role, keys in TEXT_KEYS.items():
+            found = next((key for key in keys if isinstance(record.get(key), str)), None)
+            if found is not None:
+                mapping[role] = found
+                used.add(found)
+    if media_key not in record or not mapping.keys() & {"messages", "answer"}:
+        return None
+    others = [key for key in record if key not in used]
+    if others:
+        mapping["meta"] = [f"{format_key(key)}?" for key in others]
+    return mapping
+
+
 def write_draft(proposal: RoleProposal, out: Path, folder: Path, rows: str = "") -> Path:
     """Write the draft of a mapping beside the folder of an import, and return its path.
 
@@ -130,8 +198,12 @@ def write_draft(proposal: RoleProposal, out: Path, folder: Path, rows: str = "")
         folder: Folder of the data, in which files of images are searched.
         rows: Key of the records in a document; empty for rows of a file.
     """
+    return _write_beside(out, format_draft(proposal, folder, rows))
+
+
+def _write_beside(out: Path, text: str) -> Path:
     path = out.with_name(f"{out.name}-mapping.yaml")
-    content = format_draft(proposal, folder, rows).encode()
+    content = text.encode()
     number = 1
     while os.path.lexists(path) and not has_content(path, content):
         number += 1

@@ -143,7 +143,7 @@ def init(
     console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, folder, metric, ask)
-        task, options, opened = _detect_task(path, options, metric, ask)
+        task, options, opened = _detect_task(path, options, folder, metric, ask)
         task = replace(task, objective=objective or task.objective)
         device, memory_bytes = find_device()
         if not memory_bytes:
@@ -533,11 +533,12 @@ def _confirm_columns(
 
 
 def _detect_task(
-    path: Path, options: ImportOptions, metric: str | None, ask: Ask | None
+    path: Path, options: ImportOptions, folder: Path, metric: str | None, ask: Ask | None
 ) -> tuple[DetectedTask, ImportOptions, ImportSource]:
     """Detect the task of a dataset from evenly spaced rows, and complete its prompt.
 
     Args:
+        folder: Folder to create, beside which a draft of a mapping is written.
         metric: Task chosen by the user, None for the detected one.
 
     Returns:
@@ -547,6 +548,7 @@ def _detect_task(
     from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
+    from finesight.ingest.mapping_draft import draft_of_unfound_media
     from finesight.metric_components import METRICS
     from finesight.recipe_template import detect_task
     from finesight.storage import temporary_folder
@@ -573,7 +575,8 @@ def _detect_task(
     if not has_images and (samples or isinstance(error, UnsupportedMediaError)):
         _reject_unrecognized_images(opened)
     if not samples and error is not None:
-        raise error
+        with draft_of_unfound_media(path, options, folder):
+            raise error
     fields = options.columns.get("fields", "")
     task = detect_task(samples, fields)
     is_chosen = metric is not None or ask is not None

@@ -145,7 +145,10 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
 
 @contextmanager
 def draft_of_unfound_media(path: Path, options: ImportOptions, out: Path) -> Iterator[None]:
-    """Write a mapping for rows with the number of an image, and name it in the remedy."""
+    """Write a mapping for rows with the number of an image.
+
+    The remedy of the error names it.
+    """
     try:
         yield
     except UnfoundMediaError as error:
@@ -164,7 +167,10 @@ def draft_of_unfound_media(path: Path, options: ImportOptions, out: Path) -> Ite
 
 
 def _build_row_mapping(record: Record, media_key: str) -> dict[str, Any] | None:
-    """Return the mapping of a conversation, or of a question and its answer; None for others."""
+    """Return the mapping of a conversation, or of a question with its answer.
+
+    Other rows have None.
+    """
     mapping: dict[str, Any] = {"version": MAPPING_VERSION}
     mapping["images"] = {"template": f"FOLDER/{{{format_key(media_key)}}}.jpg"}
     used = {media_key, "id"}
@@ -202,6 +208,7 @@ def write_draft(proposal: RoleProposal, out: Path, folder: Path, rows: str = "")
 
 
 def _write_beside(out: Path, text: str) -> Path:
+    """Write a mapping beside the folder of an import, under a free name."""
     path = out.with_name(f"{out.name}-mapping.yaml")
     content = text.encode()
     number = 1
@@ -298,7 +305,7 @@ def _list_column_roles(
 
 
 def _find_templates(records: Sequence[Record], folder: Path) -> dict[str, tuple[str, str]]:
-    """Return the path of a column whose values stand for files, and their template, by role."""
+    """Return the column whose values stand for files, and their template, by role."""
     search = TemplateSearch(folder)
     for key in records[0]:
         values = [record.get(key) for record in records[:NUM_SEARCHED_RECORDS]]

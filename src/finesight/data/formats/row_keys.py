@@ -123,7 +123,7 @@ class UnsupportedMediaError(UnsupportedKeyError):
 
 
 class UnfoundMediaError(UnsupportedMediaError):
-    """Raised when a row without an image or a video has a key that may stand for one.
+    """Raised when a row without images has a key that may stand for one.
 
     Attributes:
         key: Name of the key.

@@ -94,6 +94,7 @@ class TaskSuggestion:
         prompt: Question about every image; empty for none.
         fields_prompt: Question with the names of the columns for `{fields}`, if they are known.
         lists_classes: Whether the question lists the different answers instead.
+        alternative: Task that the same answers may have, so that the user names one of the two.
         max_pixels: Maximum number of pixels per image.
         reward: Reward of the objectives that need one, as a score of the metric; empty for the
             reward that names the metric, or else the metric itself.
@@ -105,6 +106,7 @@ class TaskSuggestion:
     prompt: str = ""
     fields_prompt: str = ""
     lists_classes: bool = False
+    alternative: str = ""
     max_pixels: int = 802_816
     reward: str = ""
     detect: Callable[[Any], bool] = detect_nothing

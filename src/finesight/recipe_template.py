@@ -15,6 +15,7 @@ import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.config import TuneSettings
+from finesight.data.formats.dataset_format import escape_placeholders
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.sample import BoxPart, ContentPart, Sample, join_text
 from finesight.errors import Step
@@ -130,7 +131,9 @@ class DetectedTask:
 
 
 def format_class_prompt(classes: Collection[str]) -> str:
-    return build_class_prompt(len(classes)).format(labels=", ".join(sorted(classes)))
+    """Return the question about the class of an image, as a prompt of an import."""
+    names = escape_placeholders(", ".join(sorted(classes)))
+    return build_class_prompt(len(classes)).format(labels=names)
 
 
 def detect_task(

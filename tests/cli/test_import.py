@@ -92,6 +92,36 @@ def test_prompt_lists_the_labels_of_a_table(source, tmp_path, cli):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("Find {{label}} and {{labels}}.", "Find {label} and {labels}."),
+        ('Return {{"label": 1}} or {label }.', 'Return {{"label": 1}} or {label }.'),
+    ],
+)
+def test_doubled_braces_are_words_of_a_prompt(source, tmp_path, prompt, question, cli):
+    columns = ("--map", "image=image", "--map", "answer=text", "--rows", "1:3")
+    cli("import", source, tmp_path / "out", *columns, "--prompt", prompt)
+    cli("import", source, tmp_path / "replaced", *columns, "--replace-prompts", prompt)
+    boxes = ("--map", "image=image", "--map", "box=box", "--map", "label=n", "--rows", "1:3")
+    boxes += ("--box-format", "xywh", "--prompt", f"{{labels}}: {prompt}")
+    cli("import", source, tmp_path / "boxes", *boxes)
+    expected = {"out": question, "replaced": question, "boxes": f"1, 2: {question}"}
+    for name, text in expected.items():
+        for sample in read_samples(tmp_path / name / "data.jsonl"):
+            assert sample.messages[0].content[-1].text == text
+
+
+def test_class_names_in_braces_are_no_placeholders(tmp_path, cli):
+    rows = "image,xmin,ymin,xmax,ymax,class\n1.png,1,2,9,9,{label}\n1.png,5,6,9,9,{labels}\n"
+    table = tmp_path / "boxes.csv"
+    table.write_text(rows, encoding="utf-8")
+    write_gray_image(tmp_path / "1.png", 20, 20)
+    cli("import", table, tmp_path / "out", "--prompt", "Find {labels}.")
+    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
+    assert sample.messages[0].content[-1].text == "Find {labels}, {label}."
+
+
+@pytest.mark.parametrize(
     ("label", "message"),
     [
         ("car", "a box without a label beside 1 label"),

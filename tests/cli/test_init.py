@@ -157,6 +157,22 @@ def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init
 
 
 @pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize("columns", CASES["test_texts_without_a_question_need_a_task"])
+def test_texts_without_a_question_need_a_task(columns, cli, run_init):
+    table = write_table("data", 24, **columns)
+    error = cli("init", table, "--yes", "--out", "out", code=2).err
+    assert "texts without a question, whose task is not certain: " in error
+    assert not Path("out").exists()
+    for task, prompt in (("ocr", "Read the text."), ("captions", "Describe the image.")):
+        assert f"--task {task}" in error
+        assert f'--prompt "{prompt}"' in error
+        found = run_init(table, "--out", task, "--task", task)
+        assert (found["metric"], found["prompt"]) == (task, prompt)
+    found = run_init(table, "--out", "asked", "--task", "ocr", "--prompt", "Read it.")
+    assert (found["metric"], found["prompt"]) == ("ocr", "Read it.")
+
+
+@pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(("columns", "fields", "question"), CASES["fields"])
 def test_task_of_fields_reads_all_columns_of_text(columns, fields, question, run_init):
     table = write_table("data", 12, **columns)
@@ -264,7 +280,7 @@ def test_split_of_the_source_is_kept(run_init):
     ("num_pairs", "label", "objective"),
     [(24, {}, "dpo"), (23, {}, "sft"), (23, {"label": False}, "kto"), (0, {"label": True}, "kto")],
 )
-def test_preferences_select_the_objective(run_init, num_pairs, label, objective):
+def test_preferences_select_the_objective(cli, num_pairs, label, objective):
     rows = []
     for i in range(24):
         write_image(Path(f"{i}.png"), i)
@@ -273,7 +289,11 @@ def test_preferences_select_the_objective(run_init, num_pairs, label, objective)
             row |= {"chosen": row.pop("completion"), "rejected": f"No {i + 1}."}
         rows.append(row if i < num_pairs else row | label)
     Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    recipe = yaml.safe_load(Path(run_init("pairs.jsonl")["recipe"]).read_text())
+    printed = cli("init", "pairs.jsonl", *YES)
+    assert (f"{num_pairs} preference pairs: an answer, and a rejected one" in printed.out) == (
+        num_pairs > 0
+    )
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
     train = recipe["train"]
     # Answers with the label false are not references.
     assert "eval" in recipe["data"]
@@ -314,14 +334,15 @@ def test_bare_names_are_found_in_the_only_matching_subfolder(tmp_path, source, c
     table = write_table(".", 3, caption="number {i}")
     table.write_text(table.read_text().replace("images/", ""))
     Path("empty").mkdir()
-    printed = cli("init", source, *YES).out
+    printed = cli("init", source, "--task", "captions", *YES).out
     assert "3 rows, read as table (columns; images found in images/)" in printed
     sample = read_samples(Path("out/data/data.jsonl"))[0]
     assert sample.messages[0].content[0].image == "../../images/0.png"
     # A second folder with the same files is ambiguous, and nothing is left of a failed command.
     Path("images").rename("a")
     shutil.copytree("a", "b")
-    error = cli("init", "labels.csv", "--yes", "--out", "second", code=2).err
+    words = ("--yes", "--out", "second", "--task", "captions")
+    error = cli("init", "labels.csv", *words, code=2).err
     assert "0.png: no such image" in error
     assert error.count(str(tmp_path.resolve())) == 1
     assert not Path("second").exists()
@@ -480,7 +501,7 @@ def test_rows_of_few_images_have_no_validation_samples(cli, num_images):
     rows = [f"images/{i % num_images}.png,answer {i}" for i in range(24)]
     table = write_table("data", num_images, text="a")
     table.write_text("\n".join(["file,text", *rows]))
-    printed = cli("init", table, *YES, "--json")
+    printed = cli("init", table, "--task", "ocr", *YES, "--json")
     assert printed.json["samples"] == {"data": 24}
     assert "no validation samples: 24 rows in" in printed.err
     assert "eval" not in yaml.safe_load(Path("out/recipe.yaml").read_text())["data"]
@@ -499,8 +520,8 @@ def test_unsuitable_data_are_rejected_without_files(content, words, cli):
     if content:
         Path("table.csv").write_text(content)
     assert words in cli("init", "table.csv", *YES, code=2).err
-    table = write_table("data", 3, text="{i}")
-    cli("init", table, *YES, "--model", "./missing", code=2)
+    table = write_table("data", 3, text="a line of words {i}")
+    assert "./missing" in cli("init", table, *YES, "--model", "./missing", code=2).err
     assert not Path("out").exists()
     # Images without labels lead to labelling.
     error = cli("import", "data/images", "imported", code=2).err

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from image_fixtures import write_gray_image
 
+from finesight.data.sample import read_samples
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -217,6 +219,28 @@ def test_named_columns_decide_whether_there_is_a_header(
     assert note in printed.out
 
 
+@pytest.mark.parametrize(
+    ("first", "roles", "num_samples"),
+    [
+        # 0 is the first row of the group.
+        ("a.png,0,tan", {"group": "3", "images": "rows.0.1", "answer": "rows.0.3"}, 3),
+        # Columns of a header that are numbers, also in another order.
+        ("0,1,2", {"images": "0", "answer": "2"}, 2),
+        ("2,1,3", {"images": "2", "answer": "3"}, 2),
+    ],
+)
+def test_only_columns_decide_whether_there_is_a_header(
+    folder, cli, first, roles, num_samples
+) -> None:
+    source = folder / "rows.csv"
+    source.write_text(f"{first}\na.png,1,red\nb.png,2,blue\n", encoding="utf-8")
+    mapping = {"version": 1, **roles, "ignore": ["*"]}
+    (folder / "m.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
+    options = ["--mapping", folder / "m.yaml", "--prompt", "Which?"]
+    printed = cli("import", source, folder / "out", *options)
+    assert f"out/data.jsonl: {num_samples} samples" in printed.out
+
+
 def test_names_that_are_values_need_no_header(folder, cli, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     Path("rows.tsv").write_text("a\tred?\tno\na\tblue?\tyes\n", encoding="utf-8")
@@ -265,6 +289,66 @@ def test_rows_of_unknown_keys_end_with_a_draft(folder, cli, monkeypatch, record)
     draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")
     assert f'images: "{next(iter(record))}"' in draft
     assert "\nanswer:\n" in draft or "\nfields: " in draft
+
+
+@pytest.mark.parametrize(
+    ("file", "role", "template"),
+    [
+        ("scans/s-{}.png", "images", "scans/s-{scan}.png"),
+        ("clips/{:04}.mp4", "videos", "clips/{scan:04}.mp4"),
+    ],
+)
+def test_draft_has_the_template_of_the_files(
+    folder, cli, monkeypatch, file, role, template
+) -> None:
+    """The draft has the columns that the message of the same run proposes."""
+    monkeypatch.chdir(folder)
+    Path(file).parent.mkdir()
+    Path("a.png").rename(file.format(17))
+    Path("b.png").rename(file.format(18))
+    Path("rows.csv").write_text("scan,caption\n17,two cups\n18,a jug\n", encoding="utf-8")
+    printed = cli("import", "rows.csv", "out", code=2)
+    assert "--map answer=caption" in printed.err
+    text = Path("out-mapping.yaml").read_text(encoding="utf-8")
+    draft = yaml.safe_load(text)
+    assert draft[role] == {"template": template}
+    assert draft["answer"] == "caption"
+    assert text.endswith("with an example:\n")
+    if role == "images":
+        options = ["--mapping", "out-mapping.yaml", "--prompt", "Describe."]
+        assert "2 samples" in cli("import", "rows.csv", "out", *options).out
+
+
+TURNS = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "red"}]
+UNFOUND = [
+    {"prompt": "Which?", "completion": "red"},
+    {"question": "Which?", "chosen": "red", "rejected": "blue"},
+    {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}]},
+    {"conversations": TURNS},
+]
+
+
+@pytest.mark.parametrize("command", ["import", "init"])
+@pytest.mark.parametrize("row", UNFOUND, ids=["prompt", "pair", "messages", "conversations"])
+def test_rows_with_the_number_of_an_image_end_with_a_mapping(
+    folder, cli, monkeypatch, row, command
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "a.png").rename(folder / "photos-7.jpg")
+    rows = [{"image_id": 7, "source": "web", **row}] * 3
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    words = {"import": ["out"], "init": ["--out", "out", "--yes", "--model", "finesight-tiny"]}
+    printed = cli(command, "rows.jsonl", *words[command], code=2)
+    remedy = "write the folder of the images instead of FOLDER in out-mapping.yaml, and give"
+    assert f"{remedy} --mapping out-mapping.yaml" in printed.err
+    draft = Path("out-mapping.yaml")
+    draft.write_text(draft.read_text().replace("FOLDER/", "photos-"))
+    cli("import", "rows.jsonl", "out", "--mapping", draft)
+    sample = read_samples(Path("out/data.jsonl"))[0]
+    assert sample.messages[0].content[0].image.endswith("photos-7.jpg")
+    assert [message.content[-1].text for message in sample.messages] == ["Which?", "red"]
+    assert sample.meta == {"source": "web"}
+    assert bool(sample.rejected) == ("rejected" in row)
 
 
 def test_draft_names_the_folder_of_images(folder, cli, monkeypatch) -> None:

@@ -159,6 +159,14 @@ def test_relative_path_names_the_folder_in_which_it_starts(tmp_path: Path, monke
     assert ImageResolver(tmp_path, tmp_path / "out").resolve("a/front.png") == image
 
 
+@pytest.mark.parametrize(("name", "kind"), [("a.png", "image"), ("clips/a.mp4", "video")])
+def test_missing_file_is_named_by_its_kind(tmp_path: Path, name: str, kind: str) -> None:
+    with pytest.raises(CorruptImageError) as caught:
+        ImageResolver(tmp_path, tmp_path / "out").resolve(name)
+    assert str(caught.value.what) == f"no such {kind}"
+    assert f"the folder of the data file or of its {kind}s" in caught.value.expected
+
+
 def test_number_within_another_number_is_no_name(tmp_path: Path) -> None:
     write_gray_image(tmp_path / "scans" / "s170.png")
     with pytest.raises(UserError) as caught:

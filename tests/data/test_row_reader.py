@@ -131,6 +131,8 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.xlsx", b"", "a.xlsx", "cannot be read as an Excel file"),
         ("a.xls", b"", "a.xls", "a file of type .xls"),
         ("a", b"", "a", "a file of type (no suffix)"),
+        ("a.odgt", b'{\n"a": 1}\n', "a.odgt", "a file of type .odgt"),
+        ("a.odgt", b'{"a": 1}\n{"a"\n', "a.odgt:2", "broken JSON"),
         ("a.csv", b"a, b,a \n1,2,3\n", "a.csv:1", "duplicate column name 'a'"),
         ("a.txt", b"a list, of\nno columns\n", "a.txt:2", "more or fewer cells"),
         ("a.txt", b"b.png\nc.png\n", "a.txt", "a text without columns"),
@@ -147,6 +149,13 @@ def test_invalid_files_are_rejected(tmp_path, name, content, where, what):
     assert what in caught.value.what
     assert caught.value.where == str(tmp_path / where)
     assert caught.value.remedy
+
+
+def test_json_lines_have_any_suffix(tmp_path):
+    (tmp_path / "a.odgt").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\n')
+    reader = open_row_file(tmp_path / "a.odgt")
+    assert [row.record for row in reader.iter_range(0, 9)] == [{"a": 1}, {"a": 2}]
+    assert reader.text_format == "JSON Lines, by the first line"
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])

@@ -15,8 +15,10 @@ from finesight.errors import UserError
 from finesight.ingest.field_path import join_location, parse_path
 from finesight.ingest.mapped_rows import parse_mapped_row
 from finesight.ingest.mapping import RecordMapping, load_mapping, parse_mapping, write_schema
+from finesight.ingest.mapping_format import list_columns
 
 CASES = load_cases("mapping")
+PAIR = {"question": "c", "answer": "d"}
 
 
 @pytest.fixture
@@ -91,6 +93,29 @@ def test_locations_are_paths_to_their_value(key: str, folder: Path) -> None:
 def test_schema_accepts_valid_mappings(case: dict[str, Any]) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="the extra `schema` is not installed")
     jsonschema.validate({"version": 1, **case["mapping"]}, json.loads(write_schema()))
+
+
+@pytest.mark.parametrize(
+    ("roles", "columns"),
+    [
+        ({"images": "a.id", "answer": "$.b?", "meta": ["c.0.id"]}, {"a", "b", "c"}),
+        ({"answer": {"template": "{a.id} {b}"}, "ignore": ["*"]}, {"a", "b"}),
+        ({"sample": "a", "question": "id", "answer": "$.b", "split": "c"}, {"a", "b", "c"}),
+        ({"messages": {"each": "a.*", "question": "id", "answer": "$.b"}}, {"a", "b"}),
+        ({"group": "a", "answer": "rows.0.b", "messages": {"each": "rows", **PAIR}}, {*"abcd"}),
+        ({"answer": {"path": "a", "lookup": {"list": "b", "key": "id", "value": "x"}}}, {"a", "b"}),
+        ({"tables": {"t": {"file": "t.json", "key": "id", "by": "a"}}, "answer": "t.x"}, {*"at"}),
+    ],
+)
+def test_columns_are_the_keys_of_a_record(roles: dict[str, Any], columns: set[str]) -> None:
+    assert list_columns(build_mapping(roles)) == columns
+
+
+@pytest.mark.parametrize("role", ["images", "question", "answer"])
+def test_number_of_a_column_needs_quotes(role: str) -> None:
+    with pytest.raises(UserError, match="0 is neither a path nor an object") as caught:
+        build_mapping({"images": "image", "question": "q", "answer": "a", role: 0})
+    assert caught.value.remedy == 'write a column whose name is a number in quotes: "0"'
 
 
 def test_missing_mapping_file(tmp_path: Path) -> None:

@@ -31,7 +31,13 @@ from finesight.data.image_file import (
     split_page,
 )
 from finesight.data.name_template import TemplateSearch
-from finesight.data.sample import MAX_PARTS, VIDEO_SUFFIXES, InvalidRowError, check_limit
+from finesight.data.sample import (
+    MAX_PARTS,
+    VIDEO_SUFFIXES,
+    InvalidRowError,
+    check_limit,
+    is_video_path,
+)
 from finesight.data.video_file import read_visual_size
 from finesight.errors import UserError
 from finesight.storage import translate_os_errors
@@ -211,11 +217,12 @@ class ImageResolver:
         if candidate is None:
             home = self._folder.resolve()
             current = "" if home == Path.cwd() else f", or at {Path.cwd()}, the current one"
+            kind = "video" if is_video_path(name) else "image"
             raise CorruptImageError(
-                "no such image",
+                f"no such {kind}",
                 where=name[:200],
                 expected=f"an existing file; a relative path starts at {home}, the folder of the"
-                f" data file or of its images{current}",
+                f" data file or of its {kind}s{current}",
                 remedy=self._suggest_template(document)
                 or "correct the path, or change to the base folder of the paths",
             )

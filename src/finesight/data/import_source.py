@@ -24,6 +24,7 @@ from finesight.data.formats import (
 )
 from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
+    CLASS_PLACEHOLDER,
     BoxTask,
     DatasetFormat,
     ImportContext,
@@ -32,8 +33,10 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RawBox,
     as_list,
+    escape_placeholders,
     example_from_sample,
     make_text_part,
+    read_prompt,
 )
 from finesight.data.formats.image_annotations import MAX_CLASSES
 from finesight.data.image_file import PageRanges, read_image_size
@@ -174,9 +177,11 @@ class ImportSource:
         """
         folder = self.path if self.path.is_dir() else self.image_folder or self.path.parent
         prompt = options.prompt
+        replacement = options.replace_prompts
         if options.replace_prompts is not None:
             # The replacement needs a question, also in rows without one.
             prompt = ""
+            replacement = read_prompt(options.replace_prompts)
         elif prompt is not None and {"box", "label"} <= self.column_map.keys():
             prompt = self._insert_labels(prompt)
         return ImportContext(
@@ -192,7 +197,7 @@ class ImportSource:
             columns=self.column_map,
             ignorable_columns=options.ignorable_columns,
             prompt=prompt,
-            replacement=options.replace_prompts,
+            replacement=replacement,
             box_format=options.box_format,
             box_units=options.box_units,
             box_task=options.box_task,
@@ -204,7 +209,7 @@ class ImportSource:
 
     def _insert_labels(self, prompt: str) -> str:
         """Return a prompt about the boxes of a table with the labels of all rows for `{labels}`."""
-        if "{labels}" not in prompt:
+        if "{labels}" not in CLASS_PLACEHOLDER.findall(prompt):
             return prompt
         labels = table_format.list_labels(self.iter_rows(), self.column_map["label"])
         if not 0 < len(labels) <= MAX_CLASSES:
@@ -214,7 +219,8 @@ class ImportSource:
                 expected=f"1 to {MAX_CLASSES:,} labels for {{labels}}",
                 remedy="write a question without {labels}",
             )
-        return prompt.replace("{labels}", ", ".join(labels))
+        values = {"{labels}": escape_placeholders(", ".join(labels))}
+        return CLASS_PLACEHOLDER.sub(lambda match: values.get(match[0], match[0]), prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,9 +460,9 @@ def _check_replacement(text: str, options: ImportOptions) -> None:
     elif options.box_task == "grounding":
         what = "the question of --box-task grounding names the object"
         remedy = 'give --prompt with {label}, such as --prompt "Find {label}."'
-    elif "{label}" in text or "{labels}" in text:
+    elif placeholder := CLASS_PLACEHOLDER.search(text):
         what = f"{text!r} has a placeholder of class names"
-        remedy = "give it as --prompt"
+        remedy = f"give it as --prompt, or write {{{placeholder[0]}}} for this word itself"
     if what:
         raise UserError(
             what,

@@ -31,7 +31,7 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     UnexpectedPlaceholderError,
 )
-from finesight.data.formats.row_keys import UnsupportedKeyError
+from finesight.data.formats.row_keys import UnfoundMediaError, UnsupportedKeyError
 from finesight.data.image_file import (
     CorruptImageError,
     PixelKey,
@@ -222,6 +222,7 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 """Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
 NOTE_FIRST_FRAME = "images are animated; only the first frame is used"
+NOTE_PREFERENCE_PAIRS = "preference pairs: an answer, and a rejected one"
 NOTE_UNFINISHED_REASONING = "answers of a <think> without </think>: complete or remove them"
 MAX_KEY_SIDE = 256
 """Maximum side of the grid of pixels by which images are compared before all their pixels are."""
@@ -420,8 +421,14 @@ class _InvalidRows:
                 " convention is probably wrong"
             )
         remedy, _ = self.remedies.most_common(1)[0]
-        expected = self.described[remedy][0][1].expected
-        return UserError("\n".join(lines), where=str(path), expected=expected, remedy=remedy)
+        _, first = self.described[remedy][0]
+        error_type = UnfoundMediaError if isinstance(first, UnfoundMediaError) else UserError
+        failure = error_type(
+            "\n".join(lines), where=str(path), expected=first.expected, remedy=remedy
+        )
+        if isinstance(failure, UnfoundMediaError) and isinstance(first, UnfoundMediaError):
+            failure.key = first.key
+        return failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -659,7 +666,9 @@ def _parse_rows(
 def _note_texts(
     example: ImportExample, context: ImportContext, coordinates: TextCoordinates
 ) -> None:
-    """Note the coordinates in the texts of an example, and answers with unfinished reasoning."""
+    """Note coordinates in the texts of an example, a rejected answer, and unfinished reasoning."""
+    if example.rejected:
+        context.row_notes[NOTE_PREFERENCE_PAIRS] += 1
     parts: list[ContentPart] = []
     answers = list(example.answers)
     for message in example.prompt_messages:

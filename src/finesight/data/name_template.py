@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +46,17 @@ class NameTemplate:
         """Return the path for a value of the column."""
         return f"{self.before}{name.zfill(self.width)}{self.after}"
 
-    def format(self) -> str:
-        """Return the template for a mapping file."""
-        column = "COLUMN"
+    def format(self, column: str = "COLUMN") -> str:
+        """Return the template for a mapping file, for the path of a column."""
         if self.width:
-            column = f"COLUMN:0{self.width}"
+            column = f"{column}:0{self.width}"
         return f"{_escape(self.before)}{{{column}}}{_escape(self.after)}"
+
+
+def _is_relative_name(name: str) -> bool:
+    """Return whether a value may stand for a file in a folder."""
+    is_short = 0 < len(name) <= MAX_NAME_CHARS
+    return is_short and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def _escape(text: str) -> str:
@@ -72,7 +78,7 @@ class TemplateSearch:
 
         The remedy is empty if no file is found.
         """
-        if len(name) > MAX_NAME_CHARS or os.path.isabs(name) or ".." in Path(name).parts:
+        if not _is_relative_name(name):
             return ""
         if not self._templates and self._num_failed < MAX_SEARCHES and self._folder.is_dir():
             self._templates = [*self._find_named(name), *self._find_numbered(name)]
@@ -81,6 +87,15 @@ class TemplateSearch:
         if any(self._exists(template.fill(name)) for template in self._templates):
             return self._remedy
         return ""
+
+    def find(self, names: Sequence[str]) -> NameTemplate | None:
+        """Return a template with a file for each of several values; None without one."""
+        if not all(map(_is_relative_name, names)):
+            return None
+        for template in (*self._find_named(names[0]), *self._find_numbered(names[0])):
+            if all(self._exists(template.fill(name)) for name in names):
+                return template
+        return None
 
     def _format_remedy(self, name: str) -> str:
         shown: list[str] = []

@@ -213,23 +213,7 @@ def open_row_file(
     elif is_tar_file(source):
         return open_webdataset(source)
     else:
-        remedy = "rename the file if it is one of these, or convert it"
-        if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
-            remedy = "save the table as .xlsx or .csv"
-        elif suffix == ".xml":
-            remedy = XML_REMEDY
-        elif suffix == ".gz":
-            remedy = f"unpack it, or name it after its content: {', '.join(COMPRESSED_SUFFIXES)}"
-        elif suffix in IMAGE_SUFFIXES:
-            remedy = f"give the folder of the images: {source.parent}"
-        with translate_os_errors(source, expected="a file or folder", remedy=remedy):
-            source.stat()
-        raise UserError(
-            f"a file of type {suffix or '(no suffix)'}",
-            where=str(source),
-            expected="a table (.json, .jsonl, .csv, .tsv, .txt, .xlsx, .parquet) or images",
-            remedy=remedy,
-        )
+        rows = _open_unknown(source, suffix)
     if rows.num_rows == 0:
         raise UserError(
             "contains no rows",
@@ -238,6 +222,33 @@ def open_row_file(
             remedy="add the rows, or give another file",
         )
     return rows
+
+
+def _open_unknown(source: Path, suffix: str) -> RowReader:
+    """Open a file with an unknown suffix whose first line is a JSON object.
+
+    Raises:
+        UserError: The file has another content.
+    """
+    remedy = "rename the file if it is one of these, or convert it"
+    if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
+        remedy = "save the table as .xlsx or .csv"
+    elif suffix == ".xml":
+        remedy = XML_REMEDY
+    elif suffix == ".gz":
+        remedy = f"unpack it, or name it after its content: {', '.join(COMPRESSED_SUFFIXES)}"
+    elif suffix in IMAGE_SUFFIXES:
+        remedy = f"give the folder of the images: {source.parent}"
+    with translate_os_errors(source, expected="a file or folder", remedy=remedy):
+        source.stat()
+    if not _has_json_line(source):
+        raise UserError(
+            f"a file of type {suffix or '(no suffix)'}",
+            where=str(source),
+            expected="a table (.json, .jsonl, .csv, .tsv, .txt, .xlsx, .parquet) or images",
+            remedy=remedy,
+        )
+    return replace(_open_json(source), text_format="JSON Lines, by the first line")
 
 
 def get_row_suffix(path: Path) -> str:
@@ -347,6 +358,19 @@ def is_json_lines(source: Path) -> bool:
     with _open_content(source) as file:
         head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()
     return re.match(rb'\{\s*"', head) is not None
+
+
+def _has_json_line(source: Path) -> bool:
+    """Return whether the first line of a file with another suffix is a JSON object."""
+    if not source.is_file() or not is_json_lines(source):
+        return False
+    with _open_content(source) as file:
+        line = file.readline(MAX_LINE_BYTES).removeprefix(UTF8_BOM)
+    try:
+        check_json(line, str(source))
+        return isinstance(parse_unique_json(line), dict)
+    except ValueError:
+        return False
 
 
 def _open_json(source: Path) -> RowReader:

@@ -80,6 +80,7 @@ from finesight.ingest.record_values import (
     RoleAssignment,
     Scope,
     is_empty,
+    iter_children,
     parse_texts,
     read_group,
     to_text,
@@ -566,10 +567,12 @@ class SampleBuilder:
                 remedy = "write .* at the end of the path for the values of an object"
             raise InvalidRowError(f"the {role} are {describe_value(found)}", "a list", remedy)
         check_limit(len(found), len(ascii_uppercase), "choices")
+        readings = self.values.readings[num_read:]
         if self.values.num_object_keys.total() == num_lost_keys:
             texts = [to_text(one, role) for one in found]
-            return dict(zip(ascii_uppercase, texts, strict=False))
-        letters = self._read_letters(choices, self.values.readings[num_read:])
+            item_letters = self._read_item_letters(choices, readings)
+            return dict(zip(item_letters or ascii_uppercase, texts, strict=False))
+        letters = self._read_letters(choices, readings)
         values = list(found)
         while values and is_empty(values[-1]):  # keys that only other rows have, as in Parquet
             values.pop()
@@ -587,7 +590,7 @@ class SampleBuilder:
         keys: list[str] = []
         paths = "options.first, options.second"
         if choices.path is not None:
-            keys = [format_key(one.scope.get_item_key(choices.path)) for one in readings]
+            keys = [format_key(one.scope.get_item(choices.path).key) for one in readings]
             before, _, after = choices.path.text.rpartition(EACH)
             paths = ", ".join(f"{before}{key}{after}" for key in keys)
             del self.values.num_object_keys[choices.path.text]
@@ -601,6 +604,42 @@ class SampleBuilder:
                 " may lack",
             )
         return letters
+
+    def _read_item_letters(self, choices: Value, readings: Sequence[RoleAssignment]) -> list[str]:
+        """Return the letters that the items of a list of choices have: `{id: B, text: red}`.
+
+        The list is empty if no key of the items has a letter for each.
+
+        Raises:
+            InvalidRowError: Several keys have different letters, or the letters have gaps.
+        """
+        path = choices.path
+        is_list = [step.is_each for step in path.steps] if path is not None else []
+        if path is None or True not in is_list or is_list[-1] or len(readings) < 2:
+            return []
+        items = [dict(iter_children(one.scope.get_item(path).value)) for one in readings]
+        num_item_steps = len(is_list) - is_list[::-1].index(True)
+        text_key = path.steps[num_item_steps].key
+        letters_by_key: dict[str, list[str]] = {}
+        for key in items[0]:
+            names = [str(item.get(key)) for item in items]
+            letters = find_letters(names)
+            is_numbered = any(name[-1:].isdecimal() for name in names)
+            if letters and not is_numbered and str(key) != text_key:
+                letters_by_key[str(key)] = letters
+        # Flags such as Y and N are letters, too, but not the first of the alphabet.
+        expected = list(ascii_uppercase[: len(items)])
+        complete = {key: one for key, one in letters_by_key.items() if sorted(one) == expected}
+        is_ambiguous = len({"".join(one) for one in complete.values()}) > 1
+        if is_ambiguous or (letters_by_key and not complete):
+            raise _build_letters_error(choices, letters_by_key)
+        for key in complete:
+            location = f"{path.text.rpartition(EACH)[0]}{EACH}.{format_key(key)}"
+            steps = (*path.steps[:num_item_steps], PathStep(key))
+            key_path = FieldPath(location, steps, path.from_root)
+            self.values.read_optional(key_path, self.scope, "letters of choices")
+            self.context.row_notes[f"rows whose choices have the letters at {location}"] += 1
+        return next(iter(complete.values()), [])
 
     def _join_choices(self, values: Sequence[Value]) -> dict[str, str]:
         """Return choices that have a value each.
@@ -753,6 +792,22 @@ def _list_classes(record: Record, mapping: RecordMapping) -> tuple[str, ...]:
         return mapping.classes
     assert isinstance(record, UnjoinedRecord), "opened with the tables of the mapping"
     return record.tables.classes
+
+
+def _build_letters_error(
+    choices: Value, letters_by_key: Mapping[str, Sequence[str]]
+) -> InvalidRowError:
+    """Build the error of choices whose items state no letter for each without doubt."""
+    assert choices.path is not None, "the items are those of a path"
+    before, _, after = choices.path.text.rpartition(EACH)
+    paths = ", ".join(f"{before}{number}?{after}" for number in range(4))
+    found = "; ".join(f"{key}: {', '.join(one)}" for key, one in letters_by_key.items())
+    return InvalidRowError(
+        f"the {choices.name_role('choices')} have letters of their own ({found[:100]})",
+        "one key with the letters from A without gaps",
+        f"to give the letters A, B and so on to the choices in their order, write choices:"
+        f" [{paths}] with a path for each; to keep other letters, correct the rows",
+    )
 
 
 def _check_file(file: object, role: str, *, is_image: bool) -> None:

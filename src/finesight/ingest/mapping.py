@@ -884,21 +884,6 @@ def iter_values(section: object) -> Iterator[Value]:
             yield from iter_values(inner)
 
 
-def iter_paths(section: object) -> Iterator[FieldPath]:
-    """Yield all paths of a section of a mapping."""
-    if isinstance(section, FieldPath):
-        yield section
-    elif isinstance(section, MappingSection):
-        if isinstance(section, Value):
-            for template_field in section.template_fields().values():
-                yield template_field.path
-        for _, inner in section:
-            yield from iter_paths(inner)
-    elif isinstance(section, tuple | dict):
-        for inner in section.values() if isinstance(section, dict) else section:
-            yield from iter_paths(inner)
-
-
 def load_mapping(path: Path) -> RecordMapping:
     """Load and validate a mapping file. Raises UserError with the key and the reason."""
     text = read_text(path, expected="a mapping file", max_bytes=MAX_MAPPING_BYTES)
@@ -982,6 +967,8 @@ def _explain_error(error: ValidationError, where: str) -> UserError:
         message = f"{first['input']!r:.60} is no list"
     elif first["type"] == "model_type":
         message = f"{first['input']!r:.60} is neither a path nor an object"
+        if type(first["input"]) is int:
+            remedy = f'write a column whose name is a number in quotes: "{first["input"]}"'
     elif "FieldPath" in message:
         message = f"{first['input']!r:.60} is no path such as images.*.file_name"
     return UserError(

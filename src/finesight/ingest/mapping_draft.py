@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finesight.data.formats.dataset_format import as_list
-from finesight.data.formats.table import MEDIA_ROLES, UnknownRolesError
+from finesight.data.formats.row_keys import UnfoundMediaError
+from finesight.data.formats.table import MEDIA_ROLES, UnknownRolesError, suggest_columns
 from finesight.data.image_file import is_image_value
 from finesight.data.import_source import (
     DetectedColumns,
@@ -17,13 +20,16 @@ from finesight.data.import_source import (
     detect_columns,
     find_table,
 )
+from finesight.data.name_template import TemplateSearch
 from finesight.data.record_files import open_record_files
 from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
 from finesight.data.row_reader import Record, RowReader, UnknownRowsError, open_row_file
+from finesight.data.sample import is_video_path
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
+from finesight.ingest.mapping import MAPPING_VERSION
 from finesight.ingest.presets import with_preset
-from finesight.ingest.role_choices import add_folder, mark_optional
+from finesight.ingest.role_choices import add_folder, format_mapping, mark_optional
 from finesight.storage import has_content, write_new_file
 
 MAX_EXAMPLE_CHARS = 60
@@ -31,6 +37,28 @@ MAX_EXAMPLE_CHARS = 60
 
 NUM_DRAFT_RECORDS = 100
 """Number of records of which a draft lists the keys."""
+
+NUM_SEARCHED_RECORDS = 20
+"""Number of records whose values must have a file each for a template of a draft."""
+
+TURN_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+"""Keys of role and text of a turn, by the key of the turns of a conversation."""
+
+ROLE_NAMES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+"""Role of a message by its name in a conversation."""
+
+TEXT_KEYS = {
+    "question": ("prompt", "question", "query", "instruction"),
+    "answer": ("chosen", "completion", "response", "answer", "output"),
+    "rejected": ("rejected", "rejected_response"),
+}
+"""Keys of the texts of a row, by their role."""
 
 HEADER = """\
 # Give each path below a role, or add it to meta (kept) or ignore (left out).
@@ -64,7 +92,7 @@ def detect_roles(
     except UnknownRowsError as error:
         if error.rows_key:
             records = error.records[:NUM_DRAFT_RECORDS]
-            draft = write_draft(RoleProposal(records, {}), out, rows=error.rows_key)
+            draft = write_draft(RoleProposal(records, {}), out, path.parent, error.rows_key)
             error.remedy = f"{error.remedy}; the draft {draft} lists the keys of the rows"
         raise
     except UnknownRolesError as error:
@@ -105,22 +133,84 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
         if reader is None:
             return
         rows = reader.iter_range(0, min(reader.num_rows, NUM_DRAFT_RECORDS))
-        proposal = RoleProposal([row.record for row in rows], {})
-    draft = write_draft(proposal, out)
+        records = [row.record for row in rows]
+        columns: dict[str, str] = {}
+        if not all(map(str.isdecimal, records[0])):  # names, which suggest a role
+            columns = suggest_columns(records[0])
+        proposal = RoleProposal(records, columns)
+    draft = write_draft(proposal, out, path if path.is_dir() else path.parent)
     edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"
     error.remedy = f"{error.remedy}; or {edit}"
 
 
-def write_draft(proposal: RoleProposal, out: Path, rows: str = "") -> Path:
+@contextmanager
+def draft_of_unfound_media(path: Path, options: ImportOptions, out: Path) -> Iterator[None]:
+    """Write a mapping for rows with the number of an image.
+
+    The remedy of the error names it.
+    """
+    try:
+        yield
+    except UnfoundMediaError as error:
+        record: Record = {}
+        if path.is_file():
+            (row,) = options.open_file(path).iter_range(0, 1)
+            record = row.record
+        mapping = _build_row_mapping(record, error.key)
+        if mapping is not None:
+            draft = _write_beside(out, format_mapping(mapping))
+            error.remedy = (
+                f"write the folder of the images instead of FOLDER in {draft}, and give --mapping"
+                f" {draft}; or remove the key to train on the text alone"
+            )
+        raise
+
+
+def _build_row_mapping(record: Record, media_key: str) -> dict[str, Any] | None:
+    """Return the mapping of a conversation, or of a question with its answer.
+
+    Other rows have None.
+    """
+    mapping: dict[str, Any] = {"version": MAPPING_VERSION}
+    mapping["images"] = {"template": f"FOLDER/{{{format_key(media_key)}}}.jpg"}
+    used = {media_key, "id"}
+    for key, (role, content) in TURN_KEYS.items():
+        turns = record.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            names = {"path": role, "values": ROLE_NAMES}
+            mapping["messages"] = {"each": key, "role": names, "content": content}
+            used.add(key)
+            break
+    else:
+        for role, keys in TEXT_KEYS.items():
+            found = next((key for key in keys if isinstance(record.get(key), str)), None)
+            if found is not None:
+                mapping[role] = found
+                used.add(found)
+    if media_key not in record or not mapping.keys() & {"messages", "answer"}:
+        return None
+    others = [key for key in record if key not in used]
+    if others:
+        mapping["meta"] = [f"{format_key(key)}?" for key in others]
+    return mapping
+
+
+def write_draft(proposal: RoleProposal, out: Path, folder: Path, rows: str = "") -> Path:
     """Write the draft of a mapping beside the folder of an import, and return its path.
 
     A file with other content is not changed: the draft gets another name.
 
     Args:
+        folder: Folder of the data, in which files of images are searched.
         rows: Key of the records in a document; empty for rows of a file.
     """
+    return _write_beside(out, format_draft(proposal, folder, rows))
+
+
+def _write_beside(out: Path, text: str) -> Path:
+    """Write a mapping beside the folder of an import, under a free name."""
     path = out.with_name(f"{out.name}-mapping.yaml")
-    content = format_draft(proposal, rows).encode()
+    content = text.encode()
     number = 1
     while os.path.lexists(path) and not has_content(path, content):
         number += 1
@@ -130,10 +220,13 @@ def write_draft(proposal: RoleProposal, out: Path, rows: str = "") -> Path:
     return path
 
 
-def format_draft(proposal: RoleProposal, rows: str = "") -> str:
+def format_draft(proposal: RoleProposal, folder: Path, rows: str = "") -> str:
     """Format a mapping with the proposed roles; comments list all other paths with an example."""
     examples = list_examples(proposal.records)
     roles = _list_column_roles(proposal, examples)
+    templates: dict[str, tuple[str, str]] = {}
+    if not roles.keys() & {"images", "videos"}:
+        templates = _find_templates(proposal.records, folder)
     lines = [HEADER]
     if rows:
         lines.append(f"rows: {quote_text(format_key(rows))}\n")
@@ -143,6 +236,10 @@ def format_draft(proposal: RoleProposal, rows: str = "") -> str:
             if proposal.image_folder is not None and role in ("images", "videos"):
                 value = add_folder(list(map(str, as_list(value))), proposal.image_folder)
             lines.append(f"{role}: {quote_text(value)}\n")
+        elif role in templates:
+            path, template = templates[role]
+            lines.append(f"{role}: {quote_text({'template': template})}\n")
+            roles[role] = path
         elif role in ("question", "answer"):
             lines.append(f"{role}:\n")
     if "box" in proposal.columns:
@@ -153,6 +250,14 @@ def format_draft(proposal: RoleProposal, rows: str = "") -> str:
         lines.append(f"# Several rows have the same image. For one sample of them: {example},\n")
         lines.append("# and begin the other paths with rows.0. or rows.*.\n")
     lines.append("meta: []\nignore: []\n\n# Paths without a role, with an example:\n")
+    lines += _list_unused(examples, roles)
+    return "".join(lines)
+
+
+def _list_unused(
+    examples: Mapping[str, Any], roles: Mapping[str, str | list[str]]
+) -> Iterator[str]:
+    """Yield a comment for each path without a role, with an example."""
     used: list[str] = []
     for paths in roles.values():
         used += [str(path).removesuffix("?") for path in as_list(paths)]
@@ -161,8 +266,7 @@ def format_draft(proposal: RoleProposal, rows: str = "") -> str:
             continue
         text = json.dumps(value, ensure_ascii=False, default=str)
         example = shorten(escape_unprintable(text), MAX_EXAMPLE_CHARS)
-        lines.append(f"#   {location}: {example}\n")
-    return "".join(lines)
+        yield f"#   {location}: {example}\n"
 
 
 def list_examples(records: Sequence[Record]) -> dict[str, Any]:
@@ -198,6 +302,22 @@ def _list_column_roles(
         if not roles.keys() & {"images", "videos"} and is_image_value(value):
             roles["images"] = location
     return roles
+
+
+def _find_templates(records: Sequence[Record], folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the column whose values stand for files, and their template, by role."""
+    search = TemplateSearch(folder)
+    for key in records[0]:
+        values = [record.get(key) for record in records[:NUM_SEARCHED_RECORDS]]
+        are_names = all(type(value) in (str, int) for value in values)
+        if not are_names or not re.fullmatch(r"[\w .-]+", str(key)):
+            continue
+        template = search.find([str(value) for value in values])
+        if template is not None:
+            path = format_key(str(key))
+            role = "videos" if is_video_path(template.after) else "images"
+            return {role: (path, template.format(path))}
+    return {}
 
 
 def _find_repeated_image(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
 from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError
-from finesight.ingest.field_path import FieldPath
+from finesight.ingest.field_path import FieldPath, PathStep
 from finesight.ingest.joined_tables import (
     RECORDS,
     join_files,
@@ -27,10 +27,20 @@ from finesight.ingest.joined_tables import (
 )
 from finesight.ingest.json_stream import JsonStream
 from finesight.ingest.mapped_rows import parse_mapped_row
-from finesight.ingest.mapping import GROUPED_ROWS, RecordMapping, iter_paths, load_mapping
+from finesight.ingest.mapping import (
+    GROUPED_ROWS,
+    Elements,
+    JoinedTable,
+    Lookup,
+    MappingSection,
+    RecordMapping,
+    Value,
+    load_mapping,
+)
 from finesight.ingest.record_values import (
     GroupedRows,
     Scope,
+    list_item_steps,
     read_group,
     read_record,
 )
@@ -64,8 +74,60 @@ def build_mapping_format(
         supported_options=frozenset({"prompt", "box_task"}),
         reads_raw_rows=True,
         states_split=mapping.split is not None,
-        named_keys=frozenset(step.key for path in iter_paths(mapping) for step in path.steps),
+        named_keys=list_columns(mapping),
     )
+
+
+Steps = tuple[PathStep, ...]
+
+
+def list_columns(mapping: RecordMapping) -> frozenset[str]:
+    """Return the keys of a record that a mapping names: the columns of a table.
+
+    The keys of a group are those of its rows. Keys inside of a column are none of a record.
+    """
+    columns: set[str] = set()
+    for steps in _iter_steps(mapping, ()):
+        if mapping.group is not None and steps[:1] and steps[0].key == GROUPED_ROWS:
+            steps = steps[2:]
+        columns.update(step.key for step in steps[:1] if not step.is_each)
+    return frozenset(columns)
+
+
+def _iter_steps(section: object, start: Steps) -> Iterator[Steps]:
+    """Yield the steps from the record to each value of a section of a mapping.
+
+    Args:
+        start: Steps from the record to the value in which the paths of the section start.
+    """
+    if isinstance(section, FieldPath):
+        yield section.steps if section.from_root else (*start, *section.steps)
+    elif isinstance(section, JoinedTable):
+        yield section.by.steps  # the other paths start at the rows of the table
+    elif isinstance(section, MappingSection):
+        if isinstance(section, Value):
+            for template_field in section.template_fields().values():
+                yield from _iter_steps(template_field.path, start)
+        for name, inner in section:
+            yield from _iter_steps(inner, _find_start(section, name, start))
+    elif isinstance(section, tuple | dict):
+        for inner in section.values() if isinstance(section, dict) else section:
+            yield from _iter_steps(inner, start)
+
+
+def _find_start(section: MappingSection, name: str, start: Steps) -> Steps:
+    """Return the steps to the value in which a key of a section starts: an item of its list."""
+    lists: list[FieldPath | None] = []
+    if isinstance(section, RecordMapping) and name not in ("sample", "ignore", "split", "group"):
+        sample = section.sample or Elements()
+        lists = [sample.each, *(sample.zip or {}).values()]
+    elif isinstance(section, Elements) and name not in ("each", "zip"):
+        lists = [section.each, *(section.zip or {}).values()]
+    elif isinstance(section, Lookup) and name != "list":
+        lists = [section.list]
+    for path in filter(None, lists):
+        return (*(() if path.from_root else start), *list_item_steps(path))
+    return start
 
 
 def _find_grouping(mapping: RecordMapping) -> Callable[[RowReader, Path], RowReader] | None:

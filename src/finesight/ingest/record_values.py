@@ -108,14 +108,14 @@ class Scope(NamedTuple):
             return (*holder_keys, EACH)
         return (*holder_keys, format_key(self.key))
 
-    def get_item_key(self, path: FieldPath) -> str | int:
-        """Return the key that the last `*` of the path to the value stands for."""
+    def get_item(self, path: FieldPath) -> Scope:
+        """Return the item that the last `*` of the path to the value stands for."""
         scope = self
         for step in reversed(path.steps):
             if step.is_each or scope.holder is None:
                 break
             scope = scope.holder
-        return scope.key
+        return scope
 
 
 class RoleAssignment(NamedTuple):
@@ -448,7 +448,7 @@ class RecordValues:
         yield from self._iter_unused(self.root)
 
     def _iter_unused(self, scope: Scope) -> Iterator[RoleAssignment]:
-        for key, value in _iter_children(scope.value):
+        for key, value in iter_children(scope.value):
             if (id(scope.value), key) in self._used:
                 continue
             inner = Scope(value, "", scope, key)
@@ -503,7 +503,7 @@ def find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
     if step.is_each:
         if not isinstance(value, dict | list | tuple):
             raise build_type_error(scope, path, "a list or an object")
-        for key, _ in _iter_children(value):
+        for key, _ in iter_children(value):
             yield key
         return
     key = _find_key(scope, step, path)
@@ -523,7 +523,7 @@ def _find_key(scope: Scope, step: PathStep, path: FieldPath) -> Any:
         return key
     if step.is_optional:
         return MISSING
-    keys = [one for one, _ in _iter_children(value)]
+    keys = [one for one, _ in iter_children(value)]
     raise build_missing_error(step.key, keys, scope.location or "the record", path)
 
 
@@ -558,7 +558,8 @@ def build_type_error(scope: Scope, path: FieldPath, expected: str) -> InvalidRow
     )
 
 
-def _iter_children(value: Any) -> Iterator[tuple[Any, Any]]:
+def iter_children(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the keys and values of an object, or the indices and items of a list."""
     if isinstance(value, dict):
         yield from value.items()
     else:

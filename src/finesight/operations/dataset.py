@@ -101,7 +101,11 @@ def import_data(
     """
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.ingest.mapping_draft import check_proposal, detect_roles
+    from finesight.ingest.mapping_draft import (
+        check_proposal,
+        detect_roles,
+        draft_of_unfound_media,
+    )
 
     options = build_import_options(
         reading,
@@ -124,7 +128,8 @@ def import_data(
         detected = detect_roles(fetched.path, fetched.options, out)
         check_proposal(detected, out)
         options = detected.options
-        summary = import_dataset(detected.path, out, options, console.progress_stage)
+        with draft_of_unfound_media(detected.path, options, out):
+            summary = import_dataset(detected.path, out, options, console.progress_stage)
     for note in fetched.notes:
         console.log(f"{source}: {note}")
     train, *validation = (str(file.file) for file in summary.output_files)

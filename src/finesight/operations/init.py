@@ -143,7 +143,7 @@ def init(
     console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, folder, metric, ask)
-        task, options, opened = _detect_task(path, options, metric, ask)
+        task, options, opened = _detect_task(path, options, folder, metric, ask)
         task = replace(task, objective=objective or task.objective)
         device, memory_bytes = find_device()
         if not memory_bytes:
@@ -533,11 +533,12 @@ def _confirm_columns(
 
 
 def _detect_task(
-    path: Path, options: ImportOptions, metric: str | None, ask: Ask | None
+    path: Path, options: ImportOptions, folder: Path, metric: str | None, ask: Ask | None
 ) -> tuple[DetectedTask, ImportOptions, ImportSource]:
     """Detect the task of a dataset from evenly spaced rows, and complete its prompt.
 
     Args:
+        folder: Folder to create, beside which a draft of a mapping is written.
         metric: Task chosen by the user, None for the detected one.
 
     Returns:
@@ -547,8 +548,9 @@ def _detect_task(
     from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
+    from finesight.ingest.mapping_draft import draft_of_unfound_media
     from finesight.metric_components import METRICS
-    from finesight.recipe_template import detect_task, format_class_prompt
+    from finesight.recipe_template import detect_task
     from finesight.storage import temporary_folder
 
     samples: list[Sample] = []
@@ -573,29 +575,66 @@ def _detect_task(
     if not has_images and (samples or isinstance(error, UnsupportedMediaError)):
         _reject_unrecognized_images(opened)
     if not samples and error is not None:
-        raise error
+        with draft_of_unfound_media(path, options, folder):
+            raise error
     fields = options.columns.get("fields", "")
     task = detect_task(samples, fields)
+    is_chosen = metric is not None or ask is not None
     metric = metric or _ask_metric(task.metric, ask)
     if metric != task.metric:
         judged = [sample for sample in samples if sample.label is not False]
         ids = [sample.id for sample in judged]
         check_references(metric, [*map(get_reference_answer, judged)], ids)
         task = detect_task(samples, fields, metric)
-    lists_classes = METRICS[task.metric].suggestion.lists_classes
-    if spacing > 1 and lists_classes and task.prompt is not None:
-        # The preview may lack classes.
-        task = replace(task, prompt=format_class_prompt(_read_classes(opened)))
-    label = opened.column_map.get("label")
-    question = opened.column_map.get("question")
-    if label is not None and question == label:
-        task = replace(task, prompt=LABEL_PROMPT)
-    elif label is not None and task.prompt is not None:
-        task = replace(task, prompt=_format_box_prompt(opened, label) or task.prompt)
+    task = replace(task, prompt=_complete_prompt(task, opened, is_preview=spacing > 1))
     needs_prompt = task.prompt is not None and options.prompt is None
     if needs_prompt and "prompt" in opened.data_format.supported_options:
+        if not is_chosen and METRICS[task.metric].suggestion.alternative:
+            raise _build_task_error(path, task.metric, samples)
         options = replace(options, prompt=_ask("Question about every image", str(task.prompt), ask))
     return task, options, opened
+
+
+def _complete_prompt(task: DetectedTask, opened: ImportSource, *, is_preview: bool) -> str | None:
+    """Return the suggested question, with the classes or labels of all rows; None for none.
+
+    Args:
+        is_preview: The task was detected from a part of the rows, which may lack classes.
+    """
+    from finesight.metric_components import METRICS
+    from finesight.recipe_template import format_class_prompt
+
+    label = opened.column_map.get("label")
+    if label is not None and opened.column_map.get("question") == label:
+        return LABEL_PROMPT
+    if task.prompt is None:
+        return None
+    prompt = task.prompt
+    if is_preview and METRICS[task.metric].suggestion.lists_classes:
+        prompt = format_class_prompt(_read_classes(opened))
+    if label is not None:
+        prompt = _format_box_prompt(opened, label) or prompt
+    return prompt
+
+
+def _build_task_error(path: Path, metric: str, samples: Sequence[Sample]) -> UserError:
+    """Build the error of answers without a question that may be those of two tasks."""
+    from finesight.data.sample import join_text
+    from finesight.metric_components import METRICS
+
+    options: list[str] = []
+    for name in (metric, METRICS[metric].suggestion.alternative):
+        suggestion = METRICS[name].suggestion
+        options.append(f'--task {name} ({suggestion.answer}: --prompt "{suggestion.prompt}")')
+    shown: list[str] = []
+    for sample in samples[:3]:
+        shown.append(shorten(repr(join_text(sample.messages[-1].content).strip()), 40))
+    return UserError(
+        f"texts without a question, whose task is not certain: {', '.join(shown)}",
+        where=str(path),
+        expected="the task of the texts",
+        remedy=f"give {' or '.join(options)}; --prompt is another question about every image",
+    )
 
 
 def _has_images(sample: Sample) -> bool:
@@ -670,13 +709,14 @@ def _find_nested_image(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
     """Format the question about all objects with their classes; None for too many classes."""
+    from finesight.data.formats.dataset_format import escape_placeholders
     from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
     from finesight.data.formats.table import list_labels
 
     names = list_labels(opened.iter_rows(), label)
     if not 0 < len(names) <= MAX_PROMPT_CLASSES:
         return None
-    return DETECTION_PROMPT.format(labels=", ".join(names))
+    return DETECTION_PROMPT.format(labels=escape_placeholders(", ".join(names)))
 
 
 def find_device() -> tuple[str, int]:

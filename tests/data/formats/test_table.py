@@ -227,6 +227,9 @@ def test_list_of_options_follows_the_question(folder: Path) -> None:
     for choices in (record["choices"], "['cat', 'dog']", '["cat", "dog"]'):
         found = case(folder, {**record, "choices": choices}, mapped)
         assert list_turns(found)[0][1] == [folder / "b.png", "Which pet is it?\nA. cat\nB. dog"]
+    for choices in ([], "[]", "[ ]", "", None):
+        found = case(folder, {**record, "choices": choices}, mapped)
+        assert list_turns(found)[0][1] == [folder / "b.png", "Which pet is it?"]
     with pytest.raises(UserError, match="the answer 1 to a question with 2 options"):
         case(folder, {**record, "answer": 1}, mapped)
     assert list_turns(case(folder, {**record, "choices": ["1", "2"], "answer": 1}, mapped))[1]
@@ -243,6 +246,9 @@ def test_list_of_options_follows_the_question(folder: Path) -> None:
         ({"options": {"option1": "red", "option2": "blue"}}, "choices: options.*, answer: answer"),
         ({"hint": {"text": "red", "level": 2}}, "hint.text,hint.level instead of hint"),
         ({"options": ["red", None]}, "write one text into each cell"),
+        ({"options": '["red", null]'}, "write one text into each cell"),
+        ({"options": "[None]"}, "write one text into each cell"),
+        ({"options": '[{"id": "A", "text": "red"}, null]'}, "KEY is the key of the texts"),
         ({"options": [["red", [0]], ["blue"]]}, "write one text into each cell"),
     ],
 )

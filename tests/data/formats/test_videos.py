@@ -165,7 +165,7 @@ def test_columns_of_videos(
     ("record", "what"),
     [
         ({"f": "v.mp4", "q": "<video><video>Same?"}, "the placeholders of"),
-        ({"f": "none.mp4"}, "no such image"),
+        ({"f": "none.mp4"}, "no such video"),
         ({"f": None}, "a video given as 'None'"),
     ],
 )

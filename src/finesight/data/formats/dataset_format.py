@@ -169,6 +169,11 @@ _PLACEHOLDERS = re.compile(
 )
 
 
+CLASS_PLACEHOLDER = re.compile(r"(?<!\{)\{labels?\}(?!\})")
+"""Placeholder of class names in a prompt; doubled braces are literal ones."""
+
+_ESCAPED_PLACEHOLDER = re.compile(r"\{(\{labels?\})\}")
+
 _LEADING_MEDIA = re.compile(rf"(?:(?:<image>|<video>|{NUMBERED_IMAGE.pattern})\n?)+")
 
 
@@ -315,22 +320,35 @@ class ImportContext:
             )
         if not self.prompt:
             return tuple(parts)
-        require_no_placeholder(self.prompt)
+        prompt = read_prompt(self.prompt)
         if parts and isinstance(parts[-1], TextPart):
-            return (*parts[:-1], TextPart(text=f"{parts[-1].text}\n{self.prompt}"))
-        return (*parts, TextPart(text=self.prompt))
+            return (*parts[:-1], TextPart(text=f"{parts[-1].text}\n{prompt}"))
+        return (*parts, TextPart(text=prompt))
 
 
-def require_no_placeholder(prompt: str) -> None:
-    """Raise InvalidOptionError if a prompt for data without class names inserts them."""
-    for placeholder in ("{labels}", "{label}"):
-        if placeholder in prompt:
-            raise InvalidOptionError(
-                f"no class names for {placeholder}",
-                where="--prompt",
-                expected="a text without it, unless the data have a list or a column of classes",
-                remedy=f"write the names instead of {placeholder}",
-            )
+def read_prompt(prompt: str) -> str:
+    """Return the question of a prompt for data without class names.
+
+    `{{label}}` and `{{labels}}` are literal `{label}` and `{labels}`.
+
+    Raises:
+        InvalidOptionError: The prompt inserts class names.
+    """
+    placeholder = CLASS_PLACEHOLDER.search(prompt)
+    if placeholder is not None:
+        raise InvalidOptionError(
+            f"no class names for {placeholder[0]}",
+            where="--prompt",
+            expected="a text without it, unless the data have a list or a column of classes",
+            remedy=f"write the names instead of {placeholder[0]}, or {{{placeholder[0]}}} for this"
+            " word itself",
+        )
+    return _ESCAPED_PLACEHOLDER.sub(r"\1", prompt)
+
+
+def escape_placeholders(text: str) -> str:
+    """Return a text of the data, such as class names, as a part of a prompt."""
+    return re.sub(r"\{labels?\}", r"{\g<0>}", text)
 
 
 def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
@@ -756,7 +774,7 @@ def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return text
     items = value if isinstance(value, list) else [value]
-    return value if items and all(isinstance(item, item_types) for item in items) else text
+    return value if all(isinstance(item, item_types) for item in items) else text
 
 
 def describe_value(value: object) -> str:

@@ -51,7 +51,7 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     as_list,
     make_text_part,
-    require_no_placeholder,
+    read_prompt,
 )
 from finesight.data.image_file import (
     IMAGE_SUFFIXES,
@@ -617,8 +617,8 @@ def build_text_example(
     if classes or context.prompt is None:
         question = format_prompt(context.prompt, template, {"labels": ", ".join(classes)})
     else:
-        require_no_placeholder(context.prompt)
-        question = [make_text_part(context.prompt)] if context.prompt else []
+        text = read_prompt(context.prompt)
+        question = [make_text_part(text)] if text else []
     user = Message(role="user", content=(part, *question))
     parts = tuple((make_text_part(answer),) for answer in answers)
     return ImportExample(sample_id, (user,), parts, meta=meta or {})

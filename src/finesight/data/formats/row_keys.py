@@ -122,6 +122,16 @@ class UnsupportedMediaError(UnsupportedKeyError):
     """Raised when a row has an image, a video or audio under a key that the format does not use."""
 
 
+class UnfoundMediaError(UnsupportedMediaError):
+    """Raised when a row without images has a key that may stand for one.
+
+    Attributes:
+        key: Name of the key.
+    """
+
+    key: str = ""
+
+
 class KeyMeaning(NamedTuple):
     """Content that an import must not drop, and the remedy."""
 
@@ -359,17 +369,20 @@ def sort_keys(
         if is_nested_meta and (image_names or not is_media):
             continue
         if meaning:
-            error_type: type[UnsupportedKeyError] = UnsupportedKeyError
-            if is_media:
-                error_type = UnsupportedMediaError
+            error_type = UnsupportedMediaError if is_media else UnsupportedKeyError
+            if meaning is UNFOUND_MEDIA:
+                error_type = UnfoundMediaError
             remedy = meaning.remedy.replace("KEY", path)
             if meaning is PREFERENCE and level == ROWS:
                 remedy = _suggest_pair(values)
-            raise error_type(
+            error = error_type(
                 f"the key {path!r} with {str(value)[:60]} in {level}: {meaning.what}",
                 expected="keys that the format uses, or metadata of the row",
                 remedy=remedy,
             )
+            if isinstance(error, UnfoundMediaError):
+                error.key = key
+            raise error
         counts[f"{path} in meta" if level == ROWS else f"{path} of {level}, not imported"] += 1
     return {key: to_json_data(value) for key, value in others.items()}
 

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from string import ascii_uppercase
+from types import NoneType
 
 import yaml
 
@@ -540,6 +541,17 @@ def has_unknown_texts(records: Sequence[Record], columns: Mapping[str, str]) -> 
 
 def suggest_mapping(record: Record) -> str:
     """Suggest `--map` options for a record, by the values or the names of its columns."""
+    columns = suggest_columns(record)
+    if columns.keys().isdisjoint(MEDIA_ROLES):
+        columns["image"] = "COLUMN"
+    if not any(map(columns.get, ("answer", "fields", "box"))):
+        columns["answer"] = "COLUMN"
+    pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
+    return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+
+
+def suggest_columns(record: Record) -> dict[str, str]:
+    """Suggest the columns of a record by role, by their values or their names."""
     columns = guess_columns([record])
     if columns.keys().isdisjoint(MEDIA_ROLES):
         columns = {}
@@ -548,15 +560,10 @@ def suggest_mapping(record: Record) -> str:
             is_second = role == "video" and "image" in columns
             if column is not None and column not in columns.values() and not is_second:
                 columns[role] = column
-        if "video" not in columns:
-            columns.setdefault("image", "COLUMN")
         if "question" in columns:
             others = [name for name in record if name not in columns.values()]
             columns["question"] = ",".join([columns["question"], *_list_options(others)])
-    if not any(map(columns.get, ("answer", "fields", "box"))):
-        columns["answer"] = "COLUMN"
-    pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
-    return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+    return columns
 
 
 def suggest_numbered_mapping(
@@ -857,7 +864,7 @@ def _require_texts(
         text = ""
         if is_options and isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
             text = cell
-            value = decode_json_list(text, (str, int, float, list, tuple, dict))
+            value = decode_json_list(text, (str, int, float, list, tuple, dict, NoneType))
         if not has_value(cell) or not _is_structure(value):
             continue
         if is_options and isinstance(value, list) and _has_texts(value):

@@ -47,6 +47,7 @@ COMPONENT = MetricComponent(
     suggestion=TaskSuggestion(
         answer="read the text of the image",
         prompt="Read the text.",
+        alternative="captions",  # short ones, or without spaces between words
         detect=detect,
         detect_position=8,
     ),

@@ -49,7 +49,7 @@ from synthetic_tasks import captions, scenes
 from synthetic_tasks.camera_noise import apply_camera_noise
 
 from finesight.api import evaluate
-from finesight.data.image_file import ImageSize, read_image_size
+from finesight.data.image_file import read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -69,7 +69,7 @@ from finesight.infer.model_loader import load_inference_model, select_cpu_precis
 from finesight.infer.prediction import Prediction, build_prediction, iter_completions
 from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.recipe import recipe_from_dict
-from finesight.samples.frames import rescale
+from finesight.samples.frames import ImageSize, rescale
 from finesight.synth import tickets
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions

@@ -24,7 +24,7 @@ from finesight.check.box_hypothesis import (
     pairwise_iou,
 )
 from finesight.data.image_file import CorruptImageError
-from finesight.samples.frames import Frame
+from finesight.samples.frames import BoxFrame
 
 Coordinates = tuple[float, float, float, float]
 
@@ -45,24 +45,24 @@ def test_exif_orientation_maps_box_like_pillow(turn: int) -> None:
     rows, columns = np.nonzero(upright)
     expected = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
     claims = table((50, 10, 80, 25), size=upright.shape, turn=turn)
-    shares = normalize_boxes(Frame(base="stored"), claims)[0]
+    shares = normalize_boxes(BoxFrame(base="stored"), claims)[0]
     height, width = upright.shape
     assert shares * (width, height, width, height) == pytest.approx(expected)
 
 
-PATCHES = Frame("xyxy", "pixels", 448, 448, is_capped=True, side_multiple=28)
+PATCHES = BoxFrame("xyxy", "pixels", 448, 448, is_capped=True, side_multiple=28)
 
 
 @pytest.mark.parametrize(
     ("frame", "size", "sides"),
     [
-        (Frame("xyxy", "factor", 0.5, 0.5), (200, 100), (100, 50)),
-        (Frame("xyxy", "longest", 100, 100), (200, 100), (100, 50)),
-        (Frame("xyxy", "shortest", 50, 50), (200, 100), (100, 50)),
-        (Frame("xyxy", "pixels", 5000**0.5, 0), (200, 100), (100, 50)),
-        (Frame("xyxy", "fixed", 64, 48), (200, 100), (64, 48)),
-        (Frame("xyxy", "longest", 400, 400), (200, 100), (400, 200)),
-        (Frame("xyxy", "longest", 400, 400, is_capped=True), (200, 100), (200, 100)),
+        (BoxFrame("xyxy", "factor", 0.5, 0.5), (200, 100), (100, 50)),
+        (BoxFrame("xyxy", "longest", 100, 100), (200, 100), (100, 50)),
+        (BoxFrame("xyxy", "shortest", 50, 50), (200, 100), (100, 50)),
+        (BoxFrame("xyxy", "pixels", 5000**0.5, 0), (200, 100), (100, 50)),
+        (BoxFrame("xyxy", "fixed", 64, 48), (200, 100), (64, 48)),
+        (BoxFrame("xyxy", "longest", 400, 400), (200, 100), (400, 200)),
+        (BoxFrame("xyxy", "longest", 400, 400, is_capped=True), (200, 100), (200, 100)),
         # 448 x 448 pixels are a factor of 0.578: 20.6 and 12.4 cells of 28 pixels.
         (PATCHES, (1000, 600), (560, 336)),
         (PATCHES, (300, 200), (308, 196)),
@@ -88,7 +88,7 @@ def test_impossible_boxes_are_flagged() -> None:
         ((float("nan"), 0, 1, 1), True),
     ]
     claims = table(*(box for box, _ in boxes))
-    found = find_invalid_boxes(normalize_boxes(Frame(), claims), claims)
+    found = find_invalid_boxes(normalize_boxes(BoxFrame(), claims), claims)
     assert found.tolist() == [expected for _, expected in boxes]
 
 
@@ -130,7 +130,7 @@ def test_true_boxes_have_evidence_and_shifted_or_outer_boxes_do_not() -> None:
     for shift in (0, 40):
         table, seen = source(shift)
         witness = ImageEvidence(table, seen.__getitem__)
-        boxes = normalize_boxes(Frame(), table)[witness.claim_rows]
+        boxes = normalize_boxes(BoxFrame(), table)[witness.claim_rows]
         found[shift] = witness.z_score(witness.score_boxes(boxes[:, None])[:, 0].sum(axis=1))
     assert found[0] > min_z_score()
     assert abs(found[40]) < min_z_score()
@@ -142,7 +142,7 @@ def test_identical_images_give_no_evidence() -> None:
     table, seen = source(0)
     first = seen[Path("0")]
     witness = ImageEvidence(table, lambda path: first)
-    boxes = np.tile(normalize_boxes(Frame(), table)[0], (len(witness.claim_rows), 1, 1))
+    boxes = np.tile(normalize_boxes(BoxFrame(), table)[0], (len(witness.claim_rows), 1, 1))
     assert np.abs(witness.score_boxes(boxes)).max() < 1e-9
 
 

@@ -22,7 +22,7 @@ from finesight.check.box_hypothesis import (
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.check.convention_detector import find_convention_issues, find_frame
 from finesight.data.boxes import BoxConvention
-from finesight.samples.frames import RESIZE_LIMITS, Frame, smart_resize
+from finesight.samples.frames import RESIZE_LIMITS, BoxFrame, smart_resize
 
 Coordinates = tuple[float, float, float, float]
 BoxTransform = Callable[[Coordinates, tuple[int, int]], Coordinates]
@@ -259,9 +259,9 @@ def test_mixed_conventions_are_detected(objects: list[BoxClaim]) -> None:
 @pytest.mark.parametrize(
     ("change", "frame"),
     [
-        (in_fixed_frame(224, 224), Frame("xyxy", "fixed", 224, 224)),
-        (in_fixed_frame(700, 420), Frame("xyxy", "fixed", 700, 420)),
-        (scaled_by(0.6), Frame("xyxy", "factor", 0.6, 0.6)),
+        (in_fixed_frame(224, 224), BoxFrame("xyxy", "fixed", 224, 224)),
+        (in_fixed_frame(700, 420), BoxFrame("xyxy", "fixed", 700, 420)),
+        (scaled_by(0.6), BoxFrame("xyxy", "factor", 0.6, 0.6)),
     ],
 )
 def test_resized_frame_size_is_estimated(objects, change, frame):

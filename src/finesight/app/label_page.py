@@ -26,12 +26,13 @@ from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_file import CorruptImageError, ImageSize
+from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import BoxPart, TextPart, create_region
 from finesight.errors import UserError, describe_indices
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
 from finesight.label.label_store import AnswerContent, LabelEvent, LabelItem, get_text
+from finesight.samples.frames import ImageSize
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 from finesight.worker_pool import WorkerPool
 

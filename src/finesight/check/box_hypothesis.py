@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 from finesight.data.boxes import MAX_DISTANCE, MAX_OVERHANG_PX, BoxConvention
 from finesight.data.image_file import CorruptImageError, check_scans, open_image_header
-from finesight.samples.frames import Frame, Order, to_corners
+from finesight.samples.frames import BoxFrame, Order, to_corners
 from finesight.vision.image_processing import load_image
 
 Floats = NDArray[np.float64]
@@ -82,7 +82,7 @@ class BoxClaimTable:
         return len(np.unique(self.sample_index[rows]))
 
 
-def normalize_boxes(frame: Frame, claims: BoxClaimTable) -> Floats:
+def normalize_boxes(frame: BoxFrame, claims: BoxClaimTable) -> Floats:
     """Interpret box coordinates in a frame.
 
     Returns:

@@ -32,6 +32,7 @@ of the samples is impossible. Otherwise no issue is reported.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +61,7 @@ from finesight.check.box_hypothesis import (
 )
 from finesight.check.check_issues import CheckIssue
 from finesight.data.boxes import BoxConvention
-from finesight.samples.frames import Frame, FrameBase, Order, Unit, get_reference_side
+from finesight.samples.frames import BoxFrame, FrameBase, Order, Unit, get_reference_side
 
 MIN_SCORE_DIFF = 2.0
 """Minimum difference of image scores with which a sample favors one of two hypotheses."""
@@ -90,7 +91,7 @@ class ConventionIssue:
     """
 
     code: str
-    hypothesis: Frame
+    hypothesis: BoxFrame
     description: str
     num_samples: int
     num_invalid: int
@@ -130,8 +131,8 @@ class HypothesisComparison:
     def __init__(
         self,
         claims: BoxClaimTable,
-        declared: Frame,
-        alternative: Frame,
+        declared: BoxFrame,
+        alternative: BoxFrame,
         num_tries: int,
         evidence: tuple[ImageEvidence, Floats, Floats] | None,
     ) -> None:
@@ -274,7 +275,7 @@ def _format_share(count: int, total: int) -> str:
     return f"{count} of {total} samples ({100 * count / total:.0f} %)"
 
 
-def _describe_frame(frame: Frame, claims: BoxClaimTable) -> str:
+def _describe_frame(frame: BoxFrame, claims: BoxClaimTable) -> str:
     """Describe the size of the resized images."""
     width, height = frame.width, frame.height
     if frame.base == "fixed":
@@ -307,57 +308,6 @@ MAX_SCALE = 2.6
 The smallest candidate just contains all boxes. In larger frames, all boxes would be in one corner.
 """
 
-SQUARE_SIDES = (
-    224,
-    256,
-    320,
-    336,
-    384,
-    416,
-    448,
-    512,
-    560,
-    600,
-    608,
-    640,
-    672,
-    768,
-    800,
-    896,
-    980,
-    1008,
-    1024,
-    1120,
-    1280,
-    1344,
-)
-RECTANGLES = (
-    (504, 280),
-    (600, 450),
-    (640, 360),
-    (640, 480),
-    (700, 420),
-    (800, 600),
-    (854, 480),
-    (960, 540),
-    (1024, 576),
-    (1024, 768),
-    (1280, 720),
-    (1280, 800),
-    (1280, 960),
-    (1333, 800),
-    (1366, 768),
-    (1600, 900),
-    (1920, 1080),
-)
-
-FIXED_SIZES = (
-    *((side, side) for side in SQUARE_SIDES),
-    *RECTANGLES,
-    *((height, width) for width, height in RECTANGLES),
-)
-"""Widths and heights to which training tools, annotation tools and cameras resize images."""
-
 NUM_COARSE_IMAGES = 150
 
 NUM_SEEDS = 3
@@ -367,7 +317,7 @@ OUTLIER_FRACTION = 0.01
 """Fraction of boxes that may be outside of a candidate frame."""
 
 FrameKind = tuple[FrameBase, bool, int]
-"""Resize rule: `base`, `is_capped` and `side_multiple` of a `Frame`."""
+"""Resize rule: `base`, `is_capped` and `side_multiple` of a `BoxFrame`."""
 
 FRAME_KINDS: tuple[FrameKind, ...] = (
     ("factor", False, 1),
@@ -387,18 +337,20 @@ MIN_Z_GAIN = 3.0
 
 def find_frame(
     claims: BoxClaimTable, evidence: ImageEvidence, box_format: Order
-) -> tuple[Frame, int]:
+) -> tuple[BoxFrame, int]:
     """Find the coordinate frame in which boxes of a given format fit their images best.
 
     Returns it with the number of tested frames, which increases the false-positive probability.
 
-    Candidates are the sizes that tools write, and each rule that preserves the aspect ratio in
-    steps of 3 %, then in finer steps around its best sizes. The rules differ only if the images
-    differ in size. Of rules that fit equally well, the simplest is returned.
+    The search tests sizes in steps of 3 %, then in finer steps around the best sizes of each resize
+    rule. The rules differ only if the images differ in size. Of rules that fit equally well, the
+    simplest is returned.
     """
     corners = to_corner_table(box_format, claims.coordinates)
 
-    def score_frames(frames: Sequence[Frame], evidence: ImageEvidence, num_controls: int) -> Floats:
+    def score_frames(
+        frames: Sequence[BoxFrame], evidence: ImageEvidence, num_controls: int
+    ) -> Floats:
         """Return the image scores [n, R] of n boxes in R frames, summed over the sides."""
         rows = evidence.claim_rows
         sizes = (frame.compute_size(claims.height[rows], claims.width[rows]) for frame in frames)
@@ -407,37 +359,35 @@ def find_frame(
         return scores
 
     coarse_frames = _list_candidate_frames(claims, box_format, corners)
-    if not coarse_frames:
-        return Frame(box_format), 0
     means = _mean_scores(score_frames(coarse_frames, evidence.take(NUM_COARSE_IMAGES), 1))
-    fine_frames: list[Frame] = []
-    for group in _group_by_kind(coarse_frames):
-        for index in sorted(group, key=lambda n: -means[n])[:NUM_SEEDS]:
-            fine_frames += _refine_frame(coarse_frames[index])
+    seeds = [
+        coarse_frames[index]
+        for group in _group_by_kind(coarse_frames)
+        for index in sorted(group, key=lambda n: -means[n])[:NUM_SEEDS]
+    ]
+    fine_steps = [FINE_STEP**step for step in range(-3, 4)]
+    fine_frames = []
+    for seed in seeds:
+        is_fixed = seed.base == "fixed"
+        combine = itertools.product if is_fixed else zip
+        for x, y in combine(fine_steps, fine_steps):
+            fine_frames.append(replace(seed, width=seed.width * x, height=seed.height * y))
     scores = score_frames(fine_frames, evidence, NUM_CONTROLS)
     means = _mean_scores(scores)
     best, *others = (max(group, key=means.__getitem__) for group in _group_by_kind(fine_frames))
     for index in others:
         if evidence.z_score(scores[:, index] - scores[:, best]) > MIN_Z_GAIN:
             best = index
-    return fine_frames[best], len(coarse_frames) + len(fine_frames)
-
-
-def _refine_frame(seed: Frame) -> list[Frame]:
-    """Return frames of sizes around that of a rule; a fixed size is exact."""
-    if seed.base == "fixed":
-        return [seed]
-    steps = [FINE_STEP**step for step in range(-3, 4)]
-    return [replace(seed, width=seed.width * step, height=seed.height * step) for step in steps]
+    num_tries = len(coarse_frames) + len(fine_frames)
+    return fine_frames[best], num_tries
 
 
 def _list_candidate_frames(
     claims: BoxClaimTable, box_format: Order, corners: Floats
-) -> list[Frame]:
+) -> list[BoxFrame]:
     """Return frames of one size for all images, and frames with the aspect ratio of each image.
 
-    Of the latter, only scale factors remain if all images have the same size, because all rules
-    are then equivalent.
+    The latter are omitted if all images have the same size, because both are then equivalent.
     """
 
     def max_extent(values: Floats) -> float:
@@ -447,24 +397,22 @@ def _list_candidate_frames(
         num_steps = math.ceil(math.log(MAX_SCALE) / math.log(COARSE_STEP))
         return [0.99 * max_extent(values) * COARSE_STEP**step for step in range(num_steps)]
 
-    def contains_boxes(side: int, values: Floats) -> bool:
-        return 0.99 * max_extent(values) <= side <= MAX_SCALE * max_extent(values)
-
-    x = corners[:, 2]
-    y = corners[:, 3]
+    x, y = corners[:, 2], corners[:, 3]
     frames = [
-        Frame(box_format, "fixed", width, height)
-        for width, height in FIXED_SIZES
-        if contains_boxes(width, x) and contains_boxes(height, y)
+        BoxFrame(box_format, "fixed", width, height)
+        for width, height in itertools.product(list_sizes(x), list_sizes(y))
     ]
+    if np.ptp(claims.width) == 0 and np.ptp(claims.height) == 0:
+        return frames
     extent = np.maximum(x / claims.width, y / claims.height)
-    has_one_size = np.ptp(claims.width) == 0 and np.ptp(claims.height) == 0
-    for base, is_capped, side_multiple in FRAME_KINDS[:1] if has_one_size else FRAME_KINDS:
+    for base, is_capped, side_multiple in FRAME_KINDS:
         if is_capped and max_extent(extent) > 1.01:
             continue
         min_side = extent * get_reference_side(base, claims.height, claims.width)
-        for size in list_sizes(min_side):
-            frames.append(Frame(box_format, base, size, size, is_capped, side_multiple))
+        sizes = list_sizes(min_side)
+        frames += [
+            BoxFrame(box_format, base, size, size, is_capped, side_multiple) for size in sizes
+        ]
     return frames
 
 
@@ -476,7 +424,7 @@ def _mean_scores(scores: Floats) -> Floats:
     return np.where(is_valid.mean(axis=0) > 1 - 3 * OUTLIER_FRACTION, means, -np.inf)
 
 
-def _group_by_kind(frames: Sequence[Frame]) -> list[list[int]]:
+def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
     """Return the indices of the frames of each resize rule, the simplest rule first."""
     order: list[FrameKind] = [FRAME_KINDS[0], FRAME_KINDS[1], ("fixed", False, 1), *FRAME_KINDS[2:]]
     groups = [
@@ -535,7 +483,7 @@ def find_convention_issues(
         rotated = [claim for claim in group if claim.orientation != 1]
         if convention.units == "pixel" and has_enough_samples(rotated):
             detector = ConventionDetector(BoxClaimTable(rotated), open_image)
-            stored = Frame(convention.format, "stored")
+            stored = BoxFrame(convention.format, "stored")
             if issue := detector.detect([stored], search_frames=False):
                 issues.append(issue)
                 group = [claim for claim in group if claim.orientation == 1]
@@ -560,26 +508,26 @@ class ConventionDetector:
         self.declared = claims.convention.frame
         evidence = ImageEvidence(claims, open_image) if open_image is not None else None
         self._evidence = evidence if evidence is not None and evidence.is_sufficient else None
-        self._scores: dict[Frame, Floats] = {}
+        self._scores: dict[BoxFrame, Floats] = {}
         self._max_invalid_samples = MAX_INVALID_FRACTION * claims.num_samples
         """Maximum number of samples with impossible boxes due to annotation errors."""
 
-    def list_alternatives(self) -> list[Frame]:
+    def list_alternatives(self) -> list[BoxFrame]:
         """Return all other combinations of box format and units, the most likely mistakes first.
 
         Pixels of the resized image are omitted if few images are enlarged or reduced.
         """
         declared = self.claims.convention
-        resized = Frame(base="resized")
+        resized = BoxFrame(base="resized")
         units = list(dict.fromkeys((declared.units, *BOX_UNITS)))
-        if not self._is_same(resized, Frame()) and "resized" not in units:
+        if not self._is_same(resized, BoxFrame()) and "resized" not in units:
             units.append("resized")
         box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != declared.format)
         combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
         return [one.frame for one in combinations if one != declared]
 
     def detect(
-        self, alternatives: Sequence[Frame], *, search_frames: bool
+        self, alternatives: Sequence[BoxFrame], *, search_frames: bool
     ) -> ConventionIssue | None:
         """Return an issue for the best alternative hypothesis that is accepted, or None.
 
@@ -608,7 +556,7 @@ class ConventionDetector:
                 return self._compare(alternative, num_tries).build_issue()
         return self._find_mixed_issue(alternatives)
 
-    def _detect_resized_frames(self, feasible: Sequence[Frame]) -> ConventionIssue | None:
+    def _detect_resized_frames(self, feasible: Sequence[BoxFrame]) -> ConventionIssue | None:
         """Search for the best-fitting resized image size, and return an issue or None.
 
         A size close to a known hypothesis is attributed to that hypothesis.
@@ -639,7 +587,7 @@ class ConventionDetector:
             return None
         return self._compare(found, num_tries).build_issue()
 
-    def _is_same(self, hypothesis: Frame, candidate: Frame) -> bool:
+    def _is_same(self, hypothesis: BoxFrame, candidate: BoxFrame) -> bool:
         """Return whether a searched frame equals a known hypothesis within annotation accuracy.
 
         Coordinates in thousandths do not exceed 1000. If some do, the frame is a resized image of
@@ -656,26 +604,26 @@ class ConventionDetector:
             for one, other in zip(*sizes, strict=True)
         )
 
-    def _find_invalid(self, hypothesis: Frame) -> Bools:
+    def _find_invalid(self, hypothesis: BoxFrame) -> Bools:
         return find_invalid_boxes(normalize_boxes(hypothesis, self.claims), self.claims)
 
-    def _count_invalid(self, hypothesis: Frame) -> int:
+    def _count_invalid(self, hypothesis: BoxFrame) -> int:
         return self.claims.count_samples(self._find_invalid(hypothesis))
 
-    def _is_favored_by_bounds(self, alternative: Frame) -> bool:
+    def _is_favored_by_bounds(self, alternative: BoxFrame) -> bool:
         """Return whether many boxes are impossible as declared but possible as the alternative."""
         num_declared = self._count_invalid(self.declared)
         is_often_invalid = num_declared >= max(10.0, self._max_invalid_samples)
         return is_often_invalid and 4 * self._count_invalid(alternative) <= num_declared
 
-    def _exceeds_thousandths(self, hypothesis: Frame) -> bool:
+    def _exceeds_thousandths(self, hypothesis: BoxFrame) -> bool:
         """Return whether a hypothesis in thousandths has more than a few boxes beyond 1000."""
         corners = to_corner_table(hypothesis.order, self.claims.coordinates)
         is_above: Bools = np.any(corners > 1001, axis=1)
         num_above = self.claims.count_samples(is_above)
         return hypothesis.unit == "1000" and num_above > 0.005 * self.claims.num_samples
 
-    def _is_certain_by_bounds(self, alternative: Frame) -> bool:
+    def _is_certain_by_bounds(self, alternative: BoxFrame) -> bool:
         """Return whether impossible boxes suffice as evidence for an alternative without images.
 
         Many declared boxes must be impossible. For thousandths, some boxes must also be close to
@@ -687,11 +635,14 @@ class ConventionDetector:
         is_often_invalid = num_declared >= MIN_INVALID_FRACTION * claims.num_samples
         if not is_often_invalid or not self._is_favored_by_bounds(alternative):
             return False
+        if alternative.order == "yxyx":
+            # The bounds are those of images that lost their rotation, too.
+            return False
         boxes = normalize_boxes(alternative, claims)
         far_ends = np.where(claims.width >= claims.height, boxes[:, 3], boxes[:, 2])
         return alternative.unit != "1000" or float(far_ends.max()) > 0.9
 
-    def _ensure_scores(self, hypotheses: Sequence[Frame]) -> None:
+    def _ensure_scores(self, hypotheses: Sequence[BoxFrame]) -> None:
         """Compute the image scores of the hypotheses that have none, in one batch.
 
         The scores [n, 2] of the tested boxes are those of the left and upper sides, and of the
@@ -704,19 +655,19 @@ class ConventionDetector:
             scores = self._evidence.score_boxes(np.stack(boxes, axis=1))
             self._scores.update((hypothesis, scores[:, n]) for n, hypothesis in enumerate(new))
 
-    def _get_scores(self, hypothesis: Frame) -> Floats:
+    def _get_scores(self, hypothesis: BoxFrame) -> Floats:
         self._ensure_scores([hypothesis])
         summed: Floats = self._scores[hypothesis].sum(axis=1)
         return summed
 
-    def _z_score(self, hypothesis: Frame, other: Frame | None = None) -> float:
+    def _z_score(self, hypothesis: BoxFrame, other: BoxFrame | None = None) -> float:
         """Return the z score of a hypothesis, or that by which it fits better than another."""
         if self._evidence is None:
             return 0.0
         baseline = 0.0 if other is None else self._get_scores(other)
         return self._evidence.z_score(self._get_scores(hypothesis) - baseline)
 
-    def _mean_score(self, hypothesis: Frame) -> float:
+    def _mean_score(self, hypothesis: BoxFrame) -> float:
         """Return the mean image score of a hypothesis, 0 if there are no images."""
         if self._evidence is None:
             return 0.0
@@ -724,7 +675,7 @@ class ConventionDetector:
         clipped = np.clip(scores[np.isfinite(scores)], -MAX_SCORE, MAX_SCORE)
         return float(clipped.mean()) if len(clipped) else -MAX_SCORE
 
-    def _is_supported(self, hypothesis: Frame, num_tries: int = 1) -> bool:
+    def _is_supported(self, hypothesis: BoxFrame, num_tries: int = 1) -> bool:
         """Return whether boxes match their images, and better than stretched or shrunk boxes."""
         if self._evidence is None or self._z_score(hypothesis) < min_z_score(num_tries):
             return False
@@ -739,7 +690,7 @@ class ConventionDetector:
             if np.isfinite(difference).sum() >= MIN_SAMPLES
         )
 
-    def _is_preferred(self, alternative: Frame) -> bool:
+    def _is_preferred(self, alternative: BoxFrame) -> bool:
         """Return whether an alternative is better than the declared convention, and different.
 
         It is better by bounds, or by images on all sides that it shifts: a frame that only
@@ -763,14 +714,14 @@ class ConventionDetector:
             if np.isfinite(gain[rows]).sum() >= MIN_SAMPLES
         )
 
-    def _compare(self, alternative: Frame, num_tries: int) -> HypothesisComparison:
+    def _compare(self, alternative: BoxFrame, num_tries: int) -> HypothesisComparison:
         evidence = None
         if self._evidence is not None:
             scores = self._get_scores(self.declared), self._get_scores(alternative)
             evidence = self._evidence, *scores
         return HypothesisComparison(self.claims, self.declared, alternative, num_tries, evidence)
 
-    def _find_mixed_issue(self, alternatives: Sequence[Frame]) -> ConventionIssue | None:
+    def _find_mixed_issue(self, alternatives: Sequence[BoxFrame]) -> ConventionIssue | None:
         """Detect a data file in which some boxes follow one convention and the rest another."""
         count_samples, evidence = self.claims.count_samples, self._evidence
         min_samples = max(MIN_SAMPLES, 2 * self._max_invalid_samples)

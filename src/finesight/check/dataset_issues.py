@@ -15,11 +15,11 @@ from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
 from finesight.check.image_catalog import ImageCatalog, has_contrast
 from finesight.check.sample_issues import iter_media_paths
 from finesight.data.boxes import measure_overlap
-from finesight.data.image_file import DEFAULT_SIZE, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE
 from finesight.data.row_reader import is_object_text
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, join_text, list_media_paths
 from finesight.errors import shorten
-from finesight.samples.frames import Box
+from finesight.samples.frames import Box, ImageSize
 
 MAX_SHORT_ANSWER = 40
 """Maximum number of characters of a short answer, such as a name or number."""

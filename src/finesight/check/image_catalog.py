@@ -31,7 +31,6 @@ from PIL import Image
 from finesight.data.image_file import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
-    ImageSize,
     ImageTooLargeError,
     MissingImageError,
     TruncatedImageError,
@@ -44,6 +43,7 @@ from finesight.data.sample import is_video_path
 from finesight.data.video_file import iter_video_frames, read_video_header
 from finesight.errors import UserError
 from finesight.host_memory import num_allowed_cpus
+from finesight.samples.frames import ImageSize
 from finesight.vision.image_processing import MAX_ASPECT_RATIO, load_image
 from finesight.worker_pool import exit_with_parent
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 
 from finesight.config import AugmentSettings, Recipe
 from finesight.data.boxes import box_area, is_inside_image
-from finesight.data.image_file import ImageSize, read_image_size
+from finesight.data.image_file import read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -32,7 +32,7 @@ from finesight.data.sample import (
     create_region,
 )
 from finesight.metric_components import get_metric
-from finesight.samples.frames import Box
+from finesight.samples.frames import Box, ImageSize
 
 MAX_BOX_GROWTH = 1.25
 """Maximum growth of the area of a box that encloses a rotated box; the angle is halved above."""

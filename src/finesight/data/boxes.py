@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from finesight.errors import UserError
 from finesight.samples.frames import (
     Box,
-    Frame,
+    BoxFrame,
     ImageSize,
     Order,
     Unit,
@@ -52,7 +52,7 @@ class BoxConvention:
     units: Unit = "pixel"
 
     @property
-    def frame(self) -> Frame:
+    def frame(self) -> BoxFrame:
         """Frame of the coordinates."""
         return get_frame(self.format, self.units)
 

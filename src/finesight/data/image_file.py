@@ -31,6 +31,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from finesight.data.parquet_reader import read_parquet_image
 from finesight.data.sample import is_video_path
 from finesight.errors import UserError, format_count
+from finesight.samples.frames import ImageSize
 from finesight.storage import sha256_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -124,8 +125,6 @@ def _read_range(container: Path, start: int, size: int) -> bytes:
         raise OSError(f"{container.name} ends before byte {start + size}")
     return data
 
-
-ImageSize = tuple[int, int]
 
 DEFAULT_SIZE: ImageSize = (1000, 1000)
 """Size of an unknown image whose coordinates are in thousandths."""

@@ -22,7 +22,6 @@ from finesight.data.image_file import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
     CorruptImageError,
-    ImageSize,
     ImageTooLargeError,
     MissingImageError,
     TruncatedImageError,
@@ -34,6 +33,7 @@ from finesight.data.image_file import (
 from finesight.data.parquet_reader import import_extra
 from finesight.data.sample import VIDEO_SUFFIXES, is_video_path
 from finesight.errors import UserError
+from finesight.samples.frames import ImageSize
 
 VIDEO_CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mjpeg", "prores")
 """Accepted video codecs; the decoders of others are rarely used or fuzzed."""

@@ -53,7 +53,7 @@ from finesight.report.run_reader import (
     read_json_lines,
 )
 from finesight.report.run_verdict import judge_run
-from finesight.samples.frames import UNIT_FRAMES, Frame
+from finesight.samples.frames import UNIT_FRAMES, BoxFrame
 from finesight.setting_types import is_url
 from finesight.storage import verify_folder
 
@@ -641,7 +641,7 @@ def _check_box_conventions(
     labels = BoxClaimTable(label_claims)
     current = DEFAULT_CONVENTION.frame
 
-    def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: Frame) -> float:
+    def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: BoxFrame) -> float:
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.
         with np.errstate(all="ignore"):
             boxes = normalize_boxes(meaning, claims)
@@ -663,15 +663,15 @@ def _check_box_conventions(
 
 def _list_hypotheses(
     run_record: RunRecord, claims: BoxClaimTable, reference: BoxClaimTable
-) -> Iterator[tuple[Frame, str, str]]:
+) -> Iterator[tuple[BoxFrame, str, str]]:
     """Yield the box conventions that coordinates may follow, with description and import options.
 
     These are another order of the values, thousandths, fractions, pixels of the resized image of
     the recipe, and pixels of a copy with a constant scale.
     """
-    yield Frame("xywh"), "x, y, width, height", "--box-format xywh"
-    yield Frame("cxcywh"), "center, width, height", "--box-format cxcywh"
-    yield Frame("yxyx"), "y1, x1, y2, x2", "--box-format yxyx"
+    yield BoxFrame("xywh"), "x, y, width, height", "--box-format xywh"
+    yield BoxFrame("cxcywh"), "center, width, height", "--box-format cxcywh"
+    yield BoxFrame("yxyx"), "y1, x1, y2, x2", "--box-format yxyx"
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = claims.coordinates / reference.coordinates
     valid_ratios = ratios[np.isfinite(ratios) & (ratios > 0)]
@@ -683,14 +683,14 @@ def _list_hypotheses(
     frames = [
         (UNIT_FRAMES["1000"], "in thousandths of the image", "--box-units 1000"),
         (UNIT_FRAMES["1"], "in fractions of the image", "--box-units 1"),
-        (Frame(base="factor", width=scale), f"{copy} scaled by {scale:.2g}", pixels),
+        (BoxFrame(base="factor", width=scale), f"{copy} scaled by {scale:.2g}", pixels),
     ]
     image = summary.load_run_recipe(run_record).image
     if isinstance(image, ExactSize):
-        frame = Frame(base="fixed", width=float(image.width), height=float(image.height))
+        frame = BoxFrame(base="fixed", width=float(image.width), height=float(image.height))
         frames.append((frame, f"{copy} of {image.width} x {image.height}", pixels))
     if isinstance(image, LongestSide):
-        frame = Frame(base="longest", width=float(image.longest_side))
+        frame = BoxFrame(base="longest", width=float(image.longest_side))
         frames.append((frame, f"{copy} whose longest side is {image.longest_side}", pixels))
     for frame, text, option in frames:
         yield frame, text, option

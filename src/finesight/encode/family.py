@@ -25,7 +25,6 @@ from finesight.data.boxes import (
     iter_json_boxes,
     iter_json_values,
 )
-from finesight.data.image_file import ImageSize
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -35,7 +34,7 @@ from finesight.data.sample import (
     create_region,
 )
 from finesight.errors import UserError
-from finesight.samples.frames import Box, rescale, round_to_size
+from finesight.samples.frames import Box, ImageSize, rescale, round_to_size
 
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from finesight.config import ImageRule, ImageSettings
 from finesight.data.augmentation import AugmentedSample, ImageVariant
 from finesight.data.boxes import is_inside_image
-from finesight.data.image_file import ImageSize, read_image_size
+from finesight.data.image_file import read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -65,6 +65,7 @@ from finesight.errors import Remedy, UserError, describe_indices
 from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
 from finesight.objective_components import SampleKind, describe_samples, suggest_objectives
+from finesight.samples.frames import ImageSize
 from finesight.vision.image_processing import (
     compute_video_size,
     concat_patches,

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from finesight.bounded_files import read_bytes, read_json_object
 from finesight.data.augmentation import ImageVariant
-from finesight.data.image_file import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.samples.frames import ImageSize
 from finesight.vision.image_processing import GridTHW
 from finesight.worker_pool import JobOutput
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from finesight.data.boxes import box_area, contains_center, measure_overlap
-from finesight.data.image_file import DEFAULT_SIZE, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE
 from finesight.data.sample import BoxPart
-from finesight.samples.frames import Box
+from finesight.samples.frames import Box, ImageSize
 
 
 def measure_closeness(box: Box, reference: Box, image_size: ImageSize) -> float:

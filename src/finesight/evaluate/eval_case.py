@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.image_file import DEFAULT_SIZE, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE
 from finesight.data.sample import BoxPart, Sample, join_text
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
@@ -19,6 +19,7 @@ from finesight.evaluate.bootstrap import (
     compute_intervals,
     estimate_mean,
 )
+from finesight.samples.frames import ImageSize
 
 MetricValues = dict[str, float]
 

@@ -22,7 +22,6 @@ from finesight.data.boxes import (
     split_at_text_boxes,
     strip_code_fences,
 )
-from finesight.data.image_file import ImageSize
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -38,6 +37,7 @@ from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction, draw_boxes
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
+from finesight.samples.frames import ImageSize
 from finesight.storage import check_new_path, find_free_path, write_new_file
 from finesight.vision.image_processing import load_image
 

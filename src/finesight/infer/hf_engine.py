@@ -19,7 +19,7 @@ from finesight.model.hf_backend import HfModel
 
 
 class HfEngine:
-    """Engine for families without native code, with the interface of `Engine`.
+    """Engine for families without native code, with the interface of `InferenceEngine`.
 
     It decodes greedily with transformers, and generates one full completion per step. `on_progress`
     is called with 0 for each token. It may raise an exception to stop the generation.

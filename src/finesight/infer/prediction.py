@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
-from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, ImageSize, get_file
+from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, get_file
 from finesight.data.marked_prompt import write_marked_prompt
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.question_forms import find_question
@@ -46,6 +46,7 @@ from finesight.infer.engine import (
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.backend_model import BackendModel
 from finesight.model.vlm import VisionLanguageModel
+from finesight.samples.frames import ImageSize
 from finesight.storage import find_free_path, make_folder, write_new_file
 from finesight.vision.image_processing import load_image
 

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from finesight.data.boxes import MAX_JSON_DEPTH
-from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError
 from finesight.data.sample import ContentPart, LocatedSample, TextPart
 from finesight.encode.answer_lengths import describe_truncation
 from finesight.encode.packing import pack
@@ -54,6 +54,7 @@ from finesight.label.label_store import (
     get_text,
     list_boxes,
 )
+from finesight.samples.frames import ImageSize
 
 
 class JsonLeaf(NamedTuple):

@@ -44,7 +44,7 @@ from finesight.data.boxes import (
     iter_json_values,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -70,7 +70,7 @@ from finesight.label.label_store import (
     remove_incomplete_line,
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
-from finesight.samples.frames import Box, to_corners
+from finesight.samples.frames import Box, ImageSize, to_corners
 from finesight.storage import append_line, flush_file
 from finesight.synth.drawing import draw_red_rectangle
 
@@ -101,8 +101,8 @@ MAX_REGIONS = 300
 TEMPERATURE = 0.7
 """Temperature of the answers, whose agreement is the confidence."""
 
-BoxFrame = Literal["auto", "pixels", "thousandths", "thousandths-yx"]
-FRAMES: tuple[BoxFrame, ...] = ("pixels", "thousandths", "thousandths-yx")
+TeacherFrame = Literal["auto", "pixels", "thousandths", "thousandths-yx"]
+FRAMES: tuple[TeacherFrame, ...] = ("pixels", "thousandths", "thousandths-yx")
 """Frame of the coordinates: pixels of the sent image, or thousandths of its sides, x or y first.
 
 The frame `auto` is that in which the teacher finds a drawn rectangle.
@@ -173,7 +173,7 @@ class TeacherSettings:
     url: str
     model: str | None
     key: str = "FINESIGHT_TEACHER_KEY"
-    boxes: BoxFrame = "auto"
+    boxes: TeacherFrame = "auto"
     answers: int = 3
     pixels: int = 2_000_000
     budget: int | None = None
@@ -484,7 +484,7 @@ class Teacher:
         what = f"{f'status {status}: ' if status else ''}{message}"
         return UserError(what, where=f"--teacher {self._url}", expected=expected, remedy=remedy)
 
-    def _find_frame(self) -> BoxFrame:
+    def _find_frame(self) -> TeacherFrame:
         """Return the frame of the coordinates in which the teacher finds a drawn rectangle."""
         content = draw_red_rectangle(PROBE_SIZE, PROBE_BOX)
         image = SentImage.build(content, "PNG", PROBE_SIZE, PROBE_SIZE)
@@ -514,7 +514,7 @@ class AnswerFormat:
     """
 
     task: LabelTask
-    frame: BoxFrame
+    frame: TeacherFrame
 
     def build_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema of the answers; None for a text."""
@@ -594,7 +594,7 @@ class AnswerFormat:
         return Suggestion(sample_id, content, confidence, parts)
 
 
-def read_boxes(text: str, frame: BoxFrame, image: SentImage) -> list[BoxPart]:
+def read_boxes(text: str, frame: TeacherFrame, image: SentImage) -> list[BoxPart]:
     """Return the boxes or points of an answer in pixels of the original image.
 
     Raises NoAnswerError for one that exceeds the image by more than a rounding error.

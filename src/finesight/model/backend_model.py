@@ -14,7 +14,7 @@ from finesight.model.families import KeyMapping
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend supports beside training and greedy generation of single samples.
+    """Features of a backend beside training and greedy generation of single samples.
 
     Attributes:
         batches: Packs, prefixes and generation steps are shared by several samples.

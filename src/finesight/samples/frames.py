@@ -78,7 +78,7 @@ def _clamp(value: int, limit: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class BoxFrame:
     """Coordinate frame in which boxes may have been annotated.
 
     Attributes:
@@ -156,14 +156,14 @@ class Frame:
         )
 
 
-def _scale_sides(side: float) -> Frame:
+def _scale_sides(side: float) -> BoxFrame:
     """Return the frame of image sides that are scaled to a length."""
-    return Frame(base="fixed", width=side, height=side)
+    return BoxFrame(base="fixed", width=side, height=side)
 
 
-UNIT_FRAMES: dict[Unit, Frame] = {
-    "pixel": Frame(),
-    "resized": Frame(base="resized"),
+UNIT_FRAMES: dict[Unit, BoxFrame] = {
+    "pixel": BoxFrame(),
+    "resized": BoxFrame(base="resized"),
     "1": _scale_sides(1.0),
     "100": _scale_sides(100.0),
     "1000": _scale_sides(1000.0),
@@ -171,13 +171,13 @@ UNIT_FRAMES: dict[Unit, Frame] = {
 
 
 @cache
-def get_frame(order: Order, unit: Unit) -> Frame:
+def get_frame(order: Order, unit: Unit) -> BoxFrame:
     """Return the frame of coordinates with an order and a unit."""
     return replace(UNIT_FRAMES[unit], order=order)
 
 
 def get_reference_side(base: FrameBase, height: Any, width: Any) -> Any:
-    """Return the image dimension that `Frame.width` replaces: a side, a mean side, or 1."""
+    """Return the image dimension that `BoxFrame.width` replaces: a side, a mean side, or 1."""
     if base == "longest":
         return np.maximum(width, height)
     if base == "shortest":

@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from finesight.data.image_file import ImageSize
 from finesight.data.sample import (
     TOOL_CALL_END,
     TOOL_CALL_START,
@@ -46,6 +45,7 @@ from finesight.infer.request import (
     GeneratedToken,
     GenerationOptions,
 )
+from finesight.samples.frames import ImageSize
 from finesight.serve.api_schema import (
     ApiError,
     ChatCompletionParameters,

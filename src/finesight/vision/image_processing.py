@@ -21,7 +21,6 @@ from finesight.config import ExactSize, ImageRule, ImageSettings, LongestSide, P
 from finesight.data.image_file import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
-    ImageSize,
     build_corrupt_error,
     check_scans,
     open_image_header,
@@ -30,7 +29,7 @@ from finesight.data.image_file import (
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.samples.frames import smart_resize
+from finesight.samples.frames import ImageSize, smart_resize
 
 _EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -18,16 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finesight.data.image_file import (
-    CorruptImageError,
-    ImageSize,
-    decode_image,
-    list_pages,
-    sha256_content,
-)
+from finesight.data.image_file import CorruptImageError, decode_image, list_pages, sha256_content
 from finesight.data.sample import is_video_path
 from finesight.data.video_file import iter_video_frames, read_video_header, read_visual_size
 from finesight.errors import UserError
+from finesight.samples.frames import ImageSize
 from finesight.vision.image_processing import load_image
 from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 

@@ -57,6 +57,21 @@ def test_answers_of_qwen25_vl_are_in_resized_pixels(tmp_path: Path, size: tuple[
     assert "give --box-units pixel, 1, 100, 1000 or resized" in caught.value.remedy
 
 
+def test_order_of_boxes_applies_to_lists_of_four_alone(folder: Path) -> None:
+    """Tags state their order, and points have x first."""
+    context = ImportContext(ImageResolver(folder, folder / "out"), box_format="yxyx")
+    scene = RowImages(context)
+    scene.add_image("b.png")
+    (box,) = parse_answer('{"bbox_2d": [1, 2, 3, 4]}', scene)
+    assert isinstance(box, BoxPart)
+    assert box.xyxy == (2, 1, 4, 3)
+    (point,) = parse_answer('{"point_2d": [1, 2]}', scene)
+    assert isinstance(point, BoxPart)
+    assert point.xyxy == (1, 2, 1, 2)
+    with pytest.raises(UserError, match="in special tokens, with --box-format yxyx"):
+        list(parse_answer("<loc0102><loc0512><loc0307><loc0819> cat", scene))
+
+
 def test_written_text_reads_back_the_same(folder: Path) -> None:
     box = BoxPart(xyxy=(1, 2.5, 3, 4), label='a "b"')
     point = create_region((5, 6, 5, 6), None, is_point=True)

@@ -275,8 +275,10 @@ class ImportContext:
         convention = self.resolve_convention(default)
         coordinates = parse_coordinates(value)
         is_point = len(coordinates) == 2
-        if is_point and convention.format != "yxyx":
-            convention = replace(convention, format="xyxy")
+        if is_point:
+            # `--box-format` is the order of boxes; a mapping states that of its points.
+            order: Order = "yxyx" if default.format == "yxyx" else "xyxy"
+            convention = replace(convention, format=order)
         a, b, c, d = (*coordinates, *coordinates)[:4]
         self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention))
         if self.lenient and convention.units == "pixel":
@@ -475,6 +477,13 @@ class RowImages:
                 f"{box.coordinates[:60]!r} between box tokens: not a box",
                 "the corners of a box, (x1,y1),(x2,y2) or [x1,y1,x2,y2], or a point, (x,y)",
                 "correct the row, or leave it out",
+            )
+        if box.is_tagged and self.context.box_format == "yxyx":
+            raise InvalidRowError(
+                "a box in special tokens, with --box-format yxyx",
+                "boxes whose notation leaves the order open",
+                "leave --box-format out: tags have x first, and the grid of location tokens is read"
+                " with y first",
             )
         note = NOTE_THOUSANDTHS if box.is_tagged else NOTE_PIXELS
         self.context.row_notes[note] += self.context.box_units is None

@@ -58,7 +58,6 @@ from finesight.data.image_file import (
     MAX_IMAGE_PIXELS,
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
-    ImageSize,
     open_image_header,
     read_exif_orientation,
 )
@@ -77,7 +76,7 @@ from finesight.data.sample import (
     join_text,
 )
 from finesight.errors import UserError
-from finesight.samples.frames import BOX_DECIMALS, Box
+from finesight.samples.frames import BOX_DECIMALS, Box, ImageSize
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{[^{}]*\}?|\}")

@@ -67,11 +67,11 @@ from finesight.data.formats.image_annotations import (
 from finesight.data.formats.json_annotations import read_document
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.formats.xml_annotations import parse_xml
-from finesight.data.image_file import ImageSize, is_image_value
+from finesight.data.image_file import is_image_value
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError, format_count
-from finesight.samples.frames import Box
+from finesight.samples.frames import Box, ImageSize
 
 SPOTTING_PROMPT = "Locate and read every text in the image."
 """Default question about regions with texts; `--prompt` overrides it."""

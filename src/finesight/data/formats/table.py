@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from string import ascii_uppercase
 from types import NoneType
+from typing import get_args
 
 import yaml
 
@@ -124,6 +125,7 @@ xyxy: ulx,uly,lrx,lry xtopleft,ytopleft,xbottomright,ybottomright xleft,ytop,xri
 xyxy: topleftx,toplefty,bottomrightx,bottomrighty leftx,topy,rightx,bottomy 左,上,右,下
 xyxy: links,oben,rechts,unten gauche,haut,droite,bas izquierda,arriba,derecha,abajo
 xywh: x,y,w,h x,y,width,height left,top,width,height xmin,ymin,width,height
+yxyx: ymin,xmin,ymax,xmax y1,x1,y2,x2 top,left,bottom,right
 cxcywh: cx,cy,w,h cx,cy,width,height xcenter,ycenter,width,height centerx,centery,width,height
 """
 """Column names by role, in lower case without punctuation.
@@ -143,8 +145,8 @@ def _list_names(role: str) -> list[str]:
 _ANSWER_NAMES = _list_names("text")
 _COMMON_NAMES = {role: _list_names(role) for role in (*_COLUMN_ROLES, "video")}
 _COMMON_NAMES["answer"] = [*_ANSWER_NAMES, *_list_names("other")]
-_NAMED_ORDERS: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh")
-_BOX_COLUMNS = {order: _list_names(order) for order in _NAMED_ORDERS}
+_ORDERS: tuple[Order, ...] = get_args(Order)
+_BOX_COLUMNS = {order: _list_names(order) for order in _ORDERS}
 
 _OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
 """Names of the columns with the options of a multiple-choice question."""
@@ -202,7 +204,8 @@ _TEXT_WORDS = {"text", "content", "en"}
 
 _BOX_PREFIX = re.compile(r"^.*\.|^(?:bnd|bounding_?|b)?box_?|^(?:roi|rect)_?", re.IGNORECASE)
 _FORMAT_IN_NAME = re.compile(
-    r"(?P<cxcywh>cxcywh|xcycwh|yolo)|(?P<xyxy>xyxy|ltrb)|(?P<xywh>xywh|ltwh|coco)", re.IGNORECASE
+    r"(?P<yxyx>yxyx)|(?P<cxcywh>cxcywh|xcycwh|yolo)|(?P<xyxy>xyxy|ltrb)|(?P<xywh>xywh|ltwh|coco)",
+    re.IGNORECASE,
 )
 
 MAX_FEW_RECORDS = 4
@@ -512,7 +515,9 @@ def find_box_format(
 
     Boxes with a size must reach beyond half of an image; smaller numbers may be other values.
     """
-    for box_format in _BOX_COLUMNS if None not in sizes else ():
+    # Corners with y first look like corners.
+    orders: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh")
+    for box_format in orders if None not in sizes else ():
         num_valid, extent_x, extent_y = 0, 0.0, 0.0
         for record, size in zip(records, sizes, strict=True):
             boxes = _list_boxes([record], columns)

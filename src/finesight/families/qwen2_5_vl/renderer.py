@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.image_file import ImageSize
 from finesight.encode.family import ModelFamily
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.samples.frames import ImageSize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

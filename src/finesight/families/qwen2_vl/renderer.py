@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import find_offsets, iter_json_boxes, iter_json_values
-from finesight.data.image_file import ImageSize
 from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import (
     FRAME_1000,
@@ -24,7 +23,7 @@ from finesight.encode.family import (
     SpecialToken,
 )
 from finesight.model_folder import ModelFolder
-from finesight.samples.frames import rescale, round_to_size
+from finesight.samples.frames import ImageSize, rescale, round_to_size
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import measure_overlap
-from finesight.data.image_file import ImageSize
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
     FloatArray,
@@ -29,6 +28,7 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.box_metrics import compute_box_scores, normalize_label
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
+from finesight.samples.frames import ImageSize
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 NUM_COUNTS = 2 + len(IOU_THRESHOLDS)

@@ -3,10 +3,13 @@
 import json
 import random
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from tiny_model import SPECIAL_TOKENS, create_tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -18,9 +21,11 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    ToolCallPart,
     VideoPart,
 )
 from finesight.encode.renderer import NativeRenderer
+from finesight.model_folder import ModelFolder
 
 WORDS = (
     *("a cat sits on the table, and it's 42 years old.", "What is written here?", "DON'T", "x"),
@@ -169,3 +174,40 @@ def decode_supervised(renderer: NativeRenderer, located_sample: LocatedSample) -
     tokenized = renderer.tokenize(located_sample)
     ids = tokenized.ids_T[tokenized.loss_mask_T]
     return renderer.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def get_text(message: Message) -> str:
+    return "".join(part.text for part in message.content if isinstance(part, TextPart))
+
+
+@cache
+def compile_template(text: str) -> Any:
+    jinja2 = pytest.importorskip("jinja2")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = pytest.fail
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment.from_string(text)
+
+
+def render_published(
+    folder: ModelFolder, messages: list[Message], *, inline_reasoning: bool, **kwargs: Any
+) -> str:
+    """Render messages by the published chat template of a model."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        content: list[dict[str, Any]] = [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            for part in message.content
+            if not isinstance(part, ToolCallPart)
+        ]
+        turns.append({"role": message.role, "content": content})
+        calls = [part for part in message.content if isinstance(part, ToolCallPart)]
+        if calls:
+            functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+            turns[-1] |= {"content": get_text(message), "tool_calls": functions}
+        if message.role == "assistant" and not inline_reasoning:
+            before, tag, turns[-1]["content"] = get_text(message).rpartition("</think>")
+            if tag:
+                turns[-1]["reasoning_content"] = before.partition("<think>")[2]
+    text: str = compile_template(folder.chat_template).render(messages=turns, **kwargs)
+    return text

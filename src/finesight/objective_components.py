@@ -52,6 +52,8 @@ class Sampling:
         temperature: Divisor of the logits.
         batch_size: Largest number of responses that are generated at once.
         masks_truncated: Whether truncated responses have no loss.
+        environment: Environment whose tools the responses call, a setting of the section, too; None
+            for responses without tools.
     """
 
     section: str
@@ -61,6 +63,7 @@ class Sampling:
     temperature: float
     batch_size: int
     masks_truncated: bool = False
+    environment: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

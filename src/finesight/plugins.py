@@ -23,6 +23,7 @@ PluginKind = Literal[
     "formats",
     "metrics",
     "rewards",
+    "environments",
     "trackers",
     "objectives",
     "optimizers",

@@ -285,17 +285,19 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             return value
         return str(folder / value) if exists_beside(name) else value
 
-    for section, names in {
-        "": ("model", "adapter", "rewards"),
-        "data": ("train", "eval"),
-        "eval": ("metric",),
-    }.items():
-        settings: Any = content
-        if section:
-            settings = content.get(section)
+    sections: list[tuple[Any, tuple[str, ...]]] = [
+        (content, ("model", "adapter", "rewards")),
+        (content.get("data"), ("train", "eval")),
+        (content.get("eval"), ("metric",)),
+    ]
+    train = content.get("train")
+    if isinstance(train, dict):
+        sections += [(section, ("environment",)) for section in train.values()]
+    for settings, names in sections:
         if isinstance(settings, dict):
             for name in settings.keys() & {*names}:
-                settings[name] = resolve(settings[name], name not in ("metric", "rewards"))
+                is_path = name not in ("metric", "rewards", "environment")
+                settings[name] = resolve(settings[name], is_path)
 
 
 def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:

@@ -332,6 +332,21 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
                 raise _build_limit_error("did not end in time")
         return self.get_result()
 
+    def call_within(
+        self, seconds: float, function: Callable[..., JobOutput], *args: Any
+    ) -> JobOutput:
+        """Run a job like `call`, for at most `seconds`, waiting included."""
+        deadline = time.monotonic() + seconds
+        # Only the deadline ends a job: with several threads, CPU time passes faster.
+        max_cpu_s = seconds * (os.cpu_count() or 1)
+        try:
+            return self.call(function, *args, max_cpu_s=max_cpu_s, deadline=deadline)
+        except WorkerLimitError as error:
+            if time.monotonic() >= deadline:
+                error.what = f"took more than {seconds:g} s, and was killed"
+            error.expected = f"a result within {seconds:g} s"
+            raise
+
     def start(self, function: Callable[..., JobOutput], *args: Any, max_cpu_s: float) -> None:
         """Send a job to the worker without waiting for its result."""
         self._max_cpu_s, self._start_time = max_cpu_s, time.monotonic()

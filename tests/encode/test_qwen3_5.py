@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
-from conversation_fixtures import decode_supervised, make_text_sample
+from conversation_fixtures import (
+    decode_supervised,
+    get_text,
+    make_text_sample,
+    render_published,
+)
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
@@ -120,47 +125,11 @@ def make_text(rng: random.Random) -> str:
     return make_space(rng) + text + make_space(rng)
 
 
-def get_text(message: Message) -> str:
-    return "".join(part.text for part in message.content if isinstance(part, TextPart))
-
-
 @cache
 def load_published_tokenizer(name: str = "Qwen3.5-4B") -> Any:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(ASSETS / name / "tokenizer.json"))
-
-
-@cache
-def compile_template(text: str) -> Any:
-    jinja2 = pytest.importorskip("jinja2")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = pytest.fail
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.from_string(text)
-
-
-def render_published(
-    folder: ModelFolder, messages: list[Message], *, inline_reasoning: bool, **kwargs: Any
-) -> str:
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        content: list[dict[str, Any]] = [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
-            for part in message.content
-            if not isinstance(part, ToolCallPart)
-        ]
-        turns.append({"role": message.role, "content": content})
-        calls = [part for part in message.content if isinstance(part, ToolCallPart)]
-        if calls:
-            functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
-            turns[-1] |= {"content": get_text(message), "tool_calls": functions}
-        if message.role == "assistant" and not inline_reasoning:
-            before, tag, turns[-1]["content"] = get_text(message).rpartition("</think>")
-            if tag:
-                turns[-1]["reasoning_content"] = before.partition("<think>")[2]
-    text: str = compile_template(folder.chat_template).render(messages=turns, **kwargs)
-    return text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ SOURCE = Path(finesight.__file__).parent
 RECIPE = {
     "model": "m",
     "data": {"train": "train.jsonl"},
-    "train": {"objective": "grpo"},
+    "train": {"objective": "grpo", "grpo": {"environment": "image_zoom_in_tool"}},
     "output_dir": "run",
 }
 OPTIONS = {"format": {"json_schema": {}}, "length": {"max_length": 3}}
@@ -93,8 +93,13 @@ def test_wrong_items_are_explained(reward):
     assert WRONG[reward] in str(caught.value)
 
 
-OTHER_MEANINGS = {"report/summary.py": {"boxes"}}
-"""Files about rewards with equal texts of another meaning: boxes of an answer."""
+OTHER_MEANINGS = {
+    "report/summary.py": {"boxes"},
+    "recipe.py": {"environment"},
+    "train/objectives/grpo/rollout.py": {"length"},
+}
+"""Files about rewards with equal texts of another meaning: boxes of an answer, the setting
+`environment`, and the finish reason of a truncated response."""
 
 
 def test_no_other_module_names_a_reward():

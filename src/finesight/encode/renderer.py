@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from finesight.config import ImageRule, ImageSettings
 from finesight.data.augmentation import AugmentedSample, ImageVariant
@@ -264,6 +265,9 @@ class DecodedCompletion:
     raw_text: str
     reasoning: str | None
 
+
+_IMAGE_SEGMENT = VideoSegment("", slice(1), 0.0)
+"""Segment of an image, which has no timestamp."""
 
 _Visual = tuple[VisualSpan, VideoSegment]
 """An image or video segment of a sample before tokenization, when its span is empty."""
@@ -625,23 +629,14 @@ class NativeRenderer(Renderer):
         messages = family.format_messages(messages)
         supervised_turns = self.list_supervised_turns(messages)
         unsupervised: list[slice] = []
-        for index, message in enumerate(messages):
+        for index in range(len(messages)):
             start = token_builder.length
-            token_builder.add_special_token(IM_START, is_supervised=False)
-            self._add_role(token_builder, message.role)
-            is_assistant = message.role == "assistant"
-            content: Sequence[ContentPart] = message.content
-            if family.renders_reasoning and is_assistant:
-                content = self._add_reasoning(state, family, messages, index)
-            self._add_content(state, content, is_supervised=is_assistant)
-            token_builder.add_special_token(IM_END, is_supervised=is_assistant)
+            self._add_turn(state, family, messages, index)
             if index not in supervised_turns:
                 unsupervised.append(slice(start, token_builder.length))
             token_builder.add_text("\n", is_supervised=False)
         if add_generation_prompt:
-            token_builder.add_special_token(IM_START, is_supervised=False)
-            self._add_role(token_builder, "assistant")
-            token_builder.add_text(family.generation_prompt, is_supervised=False)
+            self._add_generation_prompt(token_builder)
         ids_T, loss_mask_T = token_builder.to_arrays()
         if add_generation_prompt:
             unsupervised = [slice(None)]
@@ -663,6 +658,100 @@ class NativeRenderer(Renderer):
             tuple(state.spans),
             is_thinking=family.has_reasoning,
         )
+
+    def append_tool_results(
+        self, encoded: EncodedSample, results: Sequence[Sequence[str | Image.Image]]
+    ) -> EncodedSample:
+        """Append the results of tools to a sequence, and the prompt of the next answer.
+
+        The sequence ends with the end token of an answer. Its tokens do not change: texts of the
+        results are tokenized on their own, as between the special tokens of the chat template.
+
+        Args:
+            results: Texts and RGB images of the result of each call, in the order of the calls.
+
+        Raises:
+            UserError: The aspect ratio of an image exceeds 200.
+        """
+        sample_id = encoded.tokenized.id
+        images = [block for blocks in results for block in blocks if isinstance(block, Image.Image)]
+        visuals = [self._build_result_visual(image, sample_id) for image in images]
+        state = _RenderState(
+            sample_id=sample_id,
+            token_builder=TokenBuilder(self.tokenizer),
+            pending_visuals=iter([[visual] for visual in visuals]),
+            images=(),
+            spans=[],
+            temporal_ids=[],
+            variants=iter(()),
+        )
+        token_builder = state.token_builder
+        token_builder.add_text("\n", is_supervised=False)
+        turn = self._format_results(results)
+        self._add_turn(state, self.family, [turn], 0)
+        token_builder.add_text("\n", is_supervised=False)
+        self._add_generation_prompt(token_builder)
+
+        before = encoded.tokenized
+        ids_T, loss_mask_T = token_builder.to_arrays()
+        position_ids_3T = compute_position_ids(
+            len(ids_T), state.spans, state.temporal_ids, self.patch_config.merge_size
+        )
+        position_ids_3T += before.position_ids_3T.max() + 1
+        spans = list(before.spans)
+        patches = [encoded.patches_ND] if before.spans else []
+        for span, image in zip(state.spans, images, strict=True):
+            start = before.num_tokens + span.start
+            stop = before.num_tokens + span.stop
+            spans.append(replace(span, start=start, stop=stop))
+            patches.append(patchify([image], span.resized_size, self.patch_config))
+        tokenized = replace(
+            before,
+            ids_T=np.concatenate([before.ids_T, ids_T]),
+            loss_mask_T=np.concatenate([before.loss_mask_T, loss_mask_T]),
+            position_ids_3T=np.concatenate([before.position_ids_3T, position_ids_3T], axis=1),
+            spans=tuple(spans),
+        )
+        return EncodedSample(tokenized, concat_patches(patches or [encoded.patches_ND]))
+
+    def _build_result_visual(self, image: Image.Image, sample_id: str) -> _Visual:
+        """Return an image of a tool result, which has no file."""
+        name = Path(f"{sample_id}, result of a tool")
+        return self._build_visual("image", (name,), (image.height, image.width), _IMAGE_SEGMENT)
+
+    def _format_results(self, results: Sequence[Sequence[str | Image.Image]]) -> Message:
+        """Return the results of several calls as the turn that the template renders."""
+        messages = [Message.model_construct(role="assistant", content=())]
+        for blocks in results:
+            content: list[ContentPart] = []
+            for block in blocks:
+                if isinstance(block, str):
+                    content.append(TextPart(text=block))
+                else:
+                    content.append(ImagePart(image=""))
+            messages.append(Message.model_construct(role="tool", content=tuple(content)))
+        return self.family.format_messages(self.family.format_tools(messages, ()))[-1]
+
+    def _add_turn(
+        self, state: _RenderState, family: ModelFamily, messages: Sequence[Message], index: int
+    ) -> None:
+        """Append a turn of a conversation, without the newline after it."""
+        message = messages[index]
+        token_builder = state.token_builder
+        token_builder.add_special_token(IM_START, is_supervised=False)
+        self._add_role(token_builder, message.role)
+        is_assistant = message.role == "assistant"
+        content: Sequence[ContentPart] = message.content
+        if family.renders_reasoning and is_assistant:
+            content = self._add_reasoning(state, family, messages, index)
+        self._add_content(state, content, is_supervised=is_assistant)
+        token_builder.add_special_token(IM_END, is_supervised=is_assistant)
+
+    def _add_generation_prompt(self, token_builder: TokenBuilder) -> None:
+        """Append the header of the next answer."""
+        token_builder.add_special_token(IM_START, is_supervised=False)
+        self._add_role(token_builder, "assistant")
+        token_builder.add_text(self.family.generation_prompt, is_supervised=False)
 
     def _create_state(self, located_sample: LocatedSample) -> _RenderState:
         """Return the state before the first turn; reads the headers of images and videos."""
@@ -767,8 +856,7 @@ class NativeRenderer(Renderer):
     ) -> list[_Visual]:
         if isinstance(part, ImagePart):
             path = located_sample.resolve_path(part.image)
-            segment = VideoSegment("", slice(1), 0.0)
-            return [self._build_visual("image", (path,), read_image_size(path), segment)]
+            return [self._build_visual("image", (path,), read_image_size(path), _IMAGE_SEGMENT)]
         files = tuple(map(located_sample.resolve_path, list_media_paths(part)))
         frame_indices: Sequence[int] = ()
         fps = part.fps

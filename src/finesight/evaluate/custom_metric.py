@@ -46,6 +46,9 @@ from finesight.storage import append_line, make_folder, state_folder
 
 METRIC_COPY_FILE = "metric.py"
 
+ENVIRONMENT_COPY = "environment.py"
+"""Copy of the file of an environment in a run folder."""
+
 
 def parse_metric_path(metric: str) -> tuple[Path, str] | None:
     """Split `path/to/metric.py:function` into file and function; None for other metrics."""
@@ -67,6 +70,9 @@ def list_functions(recipe: Recipe) -> list[tuple[str, str, str]]:
     entries = []
     for number, reward in enumerate(recipe.rewards, 1):
         entries.append(("rewards", reward.name, f"reward_{number}.py"))
+    sampling = recipe.needs.sampling
+    if sampling is not None and sampling.environment is not None:
+        entries.append((f"{sampling.section}.environment", sampling.environment, ENVIRONMENT_COPY))
     if recipe.eval:
         entries.append(("eval", recipe.eval.metric, METRIC_COPY_FILE))
     return [one for one in entries if parse_metric_path(one[1]) is not None]
@@ -141,11 +147,7 @@ def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any],
     Raises:
         UserError: The file fails, or the function does not exist.
     """
-    require_metric_file(file)
-    try:
-        namespace = runpy.run_path(str(file))
-    except BaseException as error:  # The interrupt of the user does not reach this process.
-        raise build_function_error(error, str(file), "during execution of the file") from error
+    namespace = execute_file(file)
     found = namespace.get(function)
     if not callable(found):
         functions = [name for name, value in namespace.items() if callable(value)]
@@ -160,6 +162,19 @@ def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any],
             remedy=remedy,
         )
     return found, namespace
+
+
+def execute_file(file: Path) -> dict[str, Any]:
+    """Execute a Python file in a worker process, and return its variables.
+
+    Raises:
+        UserError: The file does not exist, or fails.
+    """
+    require_metric_file(file)
+    try:
+        return runpy.run_path(str(file))
+    except BaseException as error:  # The interrupt of the user does not reach this process.
+        raise build_function_error(error, str(file), "during execution of the file") from error
 
 
 def require_metric_file(file: Path) -> None:

@@ -36,6 +36,7 @@ class EvalCase:
         references: Reference texts; any of them is correct.
         reference_boxes: Reference boxes; all of them are expected.
         image_size: Height and width in pixels of the image that `boxes` refer to.
+        environment_reward: Reward that the environment gave to an episode; None without one.
     """
 
     answer: str
@@ -45,6 +46,7 @@ class EvalCase:
     id: str = ""
     ended_with_eos: bool = True
     image_size: ImageSize = DEFAULT_SIZE
+    environment_reward: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import math
 import numbers
 import os
 import reprlib
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -131,17 +130,11 @@ class ScoreFunction(contextlib.AbstractContextManager["ScoreFunction"]):
         context: str,
     ) -> Any:
         """Run a job in a worker, which ends after the seconds."""
-        deadline = time.monotonic() + seconds
-        # Only the deadline ends a job: with several threads, CPU time passes faster.
-        max_cpu_s = seconds * (os.cpu_count() or 1)
         try:
-            reply = worker.call(job, *args, max_cpu_s=max_cpu_s, deadline=deadline)
+            reply = worker.call_within(seconds, job, *args)
         except WorkerLimitError as error:
-            what = error.what
-            if time.monotonic() >= deadline:
-                what = f"took more than {seconds:g} s, and was killed"
-            expected = f"a result within {seconds:g} s"
-            raise self._build_error(f"{what} ({context})", expected=expected) from error
+            what = f"{error.what} ({context})"
+            raise self._build_error(what, expected=error.expected) from error
         except UserError as error:
             raise self._build_error(
                 error.what, where=error.where, expected=error.expected, remedy=str(error.remedy)

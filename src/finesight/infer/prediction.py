@@ -244,11 +244,20 @@ def predict(
     return [predictions[index] for index in sorted(predictions)]
 
 
+FollowUp = Callable[[int, GenerationRequest, list[GeneratedToken]], GenerationRequest | None]
+"""Function of the index, request and tokens of a completion that returns the next request.
+
+It returns None after the last one. The next request continues the sequence, whose keys and values
+are in the prefix cache of the engine.
+"""
+
+
 def iter_completions(
     engine: InferenceEngine,
     requests: Iterable[tuple[int, GenerationRequest]],
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
+    follow_up: FollowUp | None = None,
 ) -> Iterator[tuple[int, TokenizedSample, list[GeneratedToken]]]:
     """Generate completions with continuous batching, and yield each at its end.
 
@@ -259,9 +268,10 @@ def iter_completions(
         requests: Index and request of each sample; read when a sequence can start.
         on_progress: Called after each step with the number of completions that ended in it; an
             exception stops generation.
+        follow_up: Returns further requests of a sample. Only its last completion is yielded.
     """
     waiting = iter(requests)
-    active: dict[int, tuple[int, TokenizedSample, list[GeneratedToken]]] = {}
+    active: dict[int, tuple[int, GenerationRequest, list[GeneratedToken]]] = {}
     has_more = True
     while has_more or engine.has_work:
         while has_more and engine.num_waiting + engine.num_running < batch_size:
@@ -271,7 +281,7 @@ def iter_completions(
                 index, request = next_request
                 limit = engine.get_max_new_tokens(request.prompt)
                 request = replace(request, max_new_tokens=min(request.max_new_tokens, limit))
-                active[engine.add_request(request)] = (index, request.prompt.tokenized, [])
+                active[engine.add_request(request)] = (index, request, [])
         num_finished = 0
         for event in engine.step():
             if event.error is not None:
@@ -279,8 +289,15 @@ def iter_completions(
             if event.token is not None:
                 active[event.request_id][2].append(event.token)
             if event.finish_reason is not None:
+                index, request, tokens = active.pop(event.request_id)
+                further = None
+                if follow_up is not None:
+                    further = follow_up(index, request, tokens)
+                if further is not None:
+                    active[engine.add_request(further)] = (index, further, [])
+                    continue
                 num_finished += 1
-                yield active.pop(event.request_id)
+                yield index, request.prompt.tokenized, tokens
         if on_progress is not None:
             on_progress(num_finished)
 
@@ -337,15 +354,21 @@ class ResponseSampler:
         requests: Sequence[GenerationRequest],
         on_progress: Callable[[int], None],
         on_full_memory: Callable[[], object],
+        follow_up: FollowUp | None = None,
     ) -> list[list[GeneratedToken]]:
-        """Return the tokens of each request. Out-of-memory errors halve the batch size."""
+        """Return the tokens of each request. Out-of-memory errors halve the batch size.
+
+        Args:
+            on_full_memory: Called after such an error, before the unfinished requests start again.
+            follow_up: See `iter_completions`. The tokens are those of the last completions.
+        """
         responses: dict[int, list[GeneratedToken]] = {}
         engine: Engine | None
         while waiting := {n: one for n, one in enumerate(requests) if n not in responses}:
             try:
                 engine = self._prepare_engine([*waiting.values()])
                 for n, _, tokens in iter_completions(
-                    engine, waiting.items(), self.batch_size, on_progress
+                    engine, waiting.items(), self.batch_size, on_progress, follow_up
                 ):
                     responses[n] = tokens
             except torch.OutOfMemoryError:

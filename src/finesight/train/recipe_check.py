@@ -22,10 +22,11 @@ from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
+from finesight.evaluate.environment import Environment
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.reward_scorer import RewardScorer
-from finesight.evaluate.score_function import RewardError
+from finesight.evaluate.score_function import CALL_SECONDS, RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
 from finesight.family_components import FAMILIES
 from finesight.hub.address import is_offline
@@ -332,6 +333,18 @@ def check_rewards(rewards: Sequence[RewardSettings], run: Path | None, sample: S
         raise
 
 
+def check_environment(recipe: Recipe) -> None:
+    """Load the environment of a recipe, if it has one.
+
+    Raises:
+        UserError: The file fails, or its class is no environment.
+    """
+    sampling = recipe.needs.sampling
+    if sampling is not None and sampling.environment is not None:
+        with Environment(sampling.environment, recipe.output_dir, CALL_SECONDS):
+            return
+
+
 def check_machine(recipe: Recipe, device: torch.device) -> None:
     """Verify the packages and the device that a run needs on this machine.
 
@@ -358,6 +371,7 @@ def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressCon
     LRSchedule(recipe.train, len(sampler))  # rejects a warmup beyond the end
     check_trainable_parts(recipe.tune, train, sampler)
     check_rewards(recipe.rewards, recipe.output_dir, train.first_sample)
+    check_environment(recipe)
     if recipe.eval is not None and validation is not None:
         indices = select_eval_samples(validation.stats.sample_indices, recipe.eval.limit)
         samples = [validation.corpus[index].sample for index in indices]

@@ -12,18 +12,20 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer.block_manager import append_tokens, hash_images
-from finesight.infer.prediction import NUM_READER_THREADS, ResponseSampler
+from finesight.infer.prediction import NUM_READER_THREADS, FollowUp, ResponseSampler
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.backend import as_native
 from finesight.train.state import TrainState
 from finesight.train.step_batch import SkippedSample, StepBatch
 from finesight.train.step_dataset import IndexedSample
 from finesight.train.vision_cache_builder import free_gpu_memory
+from finesight.vision.image_processing import concat_patches
 
 
 class Rollout(ABC):
@@ -75,9 +77,20 @@ class Rollout(ABC):
         return samples
 
     def generate(
-        self, step: int, prompts: Sequence[IndexedSample]
+        self,
+        step: int,
+        prompts: Sequence[IndexedSample],
+        follow_up: FollowUp | None = None,
+        on_restart: Callable[[], object] | None = None,
     ) -> list[list[list[GeneratedToken]]]:
-        """Sample the responses of each prompt; prompts share their keys and values."""
+        """Sample the responses of each prompt; prompts share their keys and values.
+
+        Args:
+            follow_up: Returns the request of the next turn (`iter_completions`). The tokens are
+                then those of the last turns. Response `n` to a prompt has the index
+                `n * len(prompts) + position`.
+            on_restart: Called when unfinished responses start again after a memory error.
+        """
         state = self.state
         count = len(prompts)
 
@@ -93,11 +106,15 @@ class Rollout(ABC):
             self.sampling.temperature,
             self.banned_ids,
         )
+
+        def on_full_memory() -> None:
+            if on_restart is not None:
+                on_restart()
+            state.engine.graph_runner.release_graphs()
+
         state.engine.model.eval()
         try:
-            responses = self.sampler.sample(
-                requests, on_progress, state.engine.graph_runner.release_graphs
-            )
+            responses = self.sampler.sample(requests, on_progress, on_full_memory, follow_up)
         finally:
             state.engine.model.train()
             if not self.can_keep_engine():
@@ -157,16 +174,59 @@ def build_requests(
     return requests
 
 
+def append_response(prompt: EncodedSample, tokens: Sequence[GeneratedToken]) -> EncodedSample:
+    """Return a prompt with its response, of which all tokens are supervised."""
+    tokenized = append_tokens(prompt.tokenized, list_ids(tokens), is_supervised=True)
+    return replace(prompt, tokenized=tokenized)
+
+
 def join_responses(
     prompt: EncodedSample, responses: Sequence[Sequence[GeneratedToken]]
 ) -> EncodedSample:
     """Return the sample with the responses of a prompt, of which all tokens are supervised."""
-    sequences = []
-    for tokens in responses:
-        ids = list_ids(tokens)
-        sequences.append(append_tokens(prompt.tokenized, ids, is_supervised=True))
-    first, *others = sequences
-    return replace(prompt, tokenized=first.join_responses(others))
+    return join_sequences(prompt, [append_response(prompt, tokens) for tokens in responses])
+
+
+def join_sequences(prompt: EncodedSample, sequences: Sequence[EncodedSample]) -> EncodedSample:
+    """Return the sample with a prompt and several continuations, which may have images.
+
+    Args:
+        sequences: The prompt with each continuation. Supervised tokens, of which the last one ends
+            the continuation, are those of its loss mask.
+    """
+    # A continuation starts with the last token of the prompt, which predicts its first token.
+    start = prompt.tokenized.num_tokens - 1
+    before = prompt.tokenized
+    ids = [before.ids_T[:start]]
+    loss_masks = [before.loss_mask_T[:start]]
+    position_ids = [before.position_ids_3T[:, :start]]
+    spans = list(before.spans)
+    patches = [prompt.patches_ND]
+    response_starts = []
+    num_tokens = start
+    for sequence in sequences:
+        tokenized = sequence.tokenized
+        stop = int(np.flatnonzero(tokenized.loss_mask_T)[-1]) + 1
+        ids.append(tokenized.ids_T[start:stop])
+        loss_masks.append(tokenized.loss_mask_T[start:stop])
+        position_ids.append(tokenized.position_ids_3T[:, start:stop])
+        offset = num_tokens - start
+        for span in tokenized.spans[len(before.spans) :]:
+            spans.append(replace(span, start=span.start + offset, stop=span.stop + offset))
+        patches.append(sequence.patches_ND[len(prompt.patches_ND) :])
+        response_starts.append(num_tokens)
+        num_tokens += stop - start
+    # Empty patches have the dimension of videos.
+    patches = [one for one in patches if len(one)] or [prompt.patches_ND]
+    tokenized = replace(
+        before,
+        ids_T=np.concatenate(ids),
+        loss_mask_T=np.concatenate(loss_masks),
+        position_ids_3T=np.hstack(position_ids),
+        spans=tuple(spans),
+        response_starts=tuple(response_starts),
+    )
+    return replace(prompt, tokenized=tokenized, patches_ND=concat_patches(patches))
 
 
 def list_ids(tokens: Sequence[GeneratedToken]) -> list[int]:

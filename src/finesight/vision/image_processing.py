@@ -73,14 +73,15 @@ def load_image(
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
-            rgb_image = _convert_to_rgb(image)
+            rgb_image = convert_to_rgb(image)
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
     transpose = _EXIF_TRANSPOSES.get(exif_orientation)
     return rgb_image if transpose is None else rgb_image.transpose(transpose)
 
 
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, with transparency blended on white."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _convert_in_bands(image, partial(_gray_to_rgb, _compute_limits(image)))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:

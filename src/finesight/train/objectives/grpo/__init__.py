@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from finesight.components import SettingProblem
+from finesight.environment_components import ENVIRONMENTS
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling
 from finesight.setting_types import CoercedFloat, PositiveInt, SettingsSection
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
+
+
+ENVIRONMENT_SETTINGS = ("environment", "max_tool_calling_iterations", "tool_timeout")
 
 
 class Settings(SettingsSection):
@@ -24,7 +28,7 @@ class Settings(SettingsSection):
 
     Attributes:
         num_generations: Responses of each sample, the group in which rewards are compared.
-        max_completion_length: Maximum number of tokens of a response.
+        max_completion_length: Maximum number of tokens of a response, with the results of tools.
         epsilon_high: Upper clipping of the probability ratio; by default 0.28 for DAPO, `epsilon`
             for others. For CISPO, the largest ratio itself, by default 5.
         beta: Weight of the KL divergence from the model without adapter.
@@ -35,6 +39,10 @@ class Settings(SettingsSection):
         max_refills: Number of times that groups with equal rewards are replaced in a step; never
             with `beta`, because the KL divergence gives them a gradient.
         batch_size: Largest number of responses that are generated at once.
+        environment: Class of a Python file, `environment.py:Class`, or the name of a component,
+            whose methods are tools that the responses call.
+        max_tool_calling_iterations: Maximum number of turns with tool calls in a response.
+        tool_timeout: Maximum number of seconds of a call of the environment.
     """
 
     num_generations: Annotated[int, Field(ge=2, le=1024)] = 8
@@ -55,6 +63,19 @@ class Settings(SettingsSection):
     importance_sampling_clip_max: Annotated[CoercedFloat, Field(gt=1.0)] = 3.0
     max_refills: Annotated[int, Field(ge=0, le=16)] = 1
     batch_size: PositiveInt = 256
+    environment: Annotated[str, Field(min_length=1)] | None = None
+    max_tool_calling_iterations: Annotated[int, Field(ge=1, le=1000)] = 5
+    tool_timeout: Annotated[CoercedFloat, Field(gt=0.0, le=3600.0)] = 30.0
+
+    @model_serializer(mode="wrap")
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit unused settings of environments, which checkpoints of earlier versions lack."""
+        values: dict[str, Any] = serialize(self)
+        for name in ENVIRONMENT_SETTINGS:
+            is_default = dict(self)[name] == type(self).model_fields[name].default
+            if is_default and self.environment is None:
+                values.pop(name, None)
+        return values
 
     @property
     def effective_epsilon_high(self) -> float:
@@ -74,13 +95,21 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
             temperature=settings.temperature,
             batch_size=settings.batch_size,
             masks_truncated=settings.mask_truncated_completions,
+            environment=settings.environment,
         ),
         supports_dropout=False,
     )
 
 
 def check(settings: Settings, recipe: Recipe) -> Iterator[SettingProblem]:
-    """Yield the problem of a KL divergence from a model that changes."""
+    """Yield an unknown environment, and a KL divergence from a model that changes."""
+    name = settings.environment
+    if name is not None and ":" not in name and name not in ENVIRONMENTS:
+        known = ", ".join(ENVIRONMENTS)
+        yield SettingProblem(
+            f"train.grpo.environment is {name!r:.80}",
+            f"use FILE.py:CLASS, or one of {known}",
+        )
     if not settings.beta:
         return
     problem = "train.grpo.beta refers to the model without adapter"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, starmap
 from typing import Any, NamedTuple
@@ -18,13 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finesight.config import Recipe
 from finesight.data.boxes import measure_overlap, sort_corners
+from finesight.data.sample import LocatedSample
 from finesight.encode.batch import PackedBatch
 from finesight.encode.family import FRAME_1000
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
-from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.errors import format_count
+from finesight.evaluate.environment import Environment
+from finesight.evaluate.eval_case import EvalCase, ReferenceAnswer, get_reference_answer
 from finesight.evaluate.prediction_file import create_case, format_prediction_line
 from finesight.evaluate.reward_scorer import RewardScorer, describe_unscored
 from finesight.infer.prediction import (
@@ -36,11 +40,13 @@ from finesight.model.backend_model import BackendModel
 from finesight.model.linear import LoraLinear
 from finesight.samples.frames import rescale
 from finesight.storage import append_line
+from finesight.train.episode import Episode, EpisodeRunner, add_tools, build_start
 from finesight.train.objectives.grpo import COMPONENT
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
-from finesight.train.rollout import Rollout, join_responses, list_ids, split_responses
+from finesight.train.rollout import Rollout, join_sequences, split_responses
 from finesight.train.state import TrainState
 from finesight.train.step_batch import SkippedSample, StepBatch
+from finesight.train.step_dataset import IndexedSample
 from finesight.train.token_logps import compute_token_logps
 
 FloatArray = NDArray[np.float64]
@@ -77,6 +83,9 @@ in another frame has a low IoU in every frame.
 
 MIN_FRAME_IOU = 0.01
 
+MAX_LOGGED_ERRORS = 10
+"""Maximum number of different errors of environments that a run prints."""
+
 MAX_RECORDED_GROUPS = 100
 """Maximum number of groups in `responses.jsonl` of a run."""
 
@@ -86,10 +95,15 @@ class Group(NamedTuple):
 
     sample_index: int
     prompt: EncodedSample
-    responses: list[list[GeneratedToken]]
+    episodes: list[Episode]
     rewards_GF: FloatArray
     predictions: list[Prediction]
     cases: list[EvalCase]
+
+    @property
+    def responses(self) -> list[list[GeneratedToken]]:
+        """Sampled tokens of each response."""
+        return [episode.tokens for episode in self.episodes]
 
 
 class RolloutRecord(NamedTuple):
@@ -99,6 +113,8 @@ class RolloutRecord(NamedTuple):
         rewards: Rewards by group, response and reward function; NaN if not scored.
         num_useful: Number of groups of the update.
         num_tokens: Number of tokens of the update.
+        episodes: Number of turns, tool calls and mistakes of each response, and whether the
+            environment failed; empty without an environment.
     """
 
     rewards: list[list[list[float]]]
@@ -106,6 +122,7 @@ class RolloutRecord(NamedTuple):
     is_truncated: list[bool]
     num_useful: int
     num_tokens: int
+    episodes: Sequence[tuple[int, int, int, bool]] = ()
 
 
 class RewardCheck:
@@ -248,10 +265,12 @@ class GrpoRollout(Rollout):
         length_remedy = suggest_completion_length(recipe, state.data.train)
         self.check = RewardCheck(state.data.renderer, self.log, length_remedy)
         self.reward_s = 0.0
+        self.environment = open_environment(recipe)
+        self.logged_errors: set[str] = set()
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
-        with self.scorer:
+        with self.scorer, self.environment or nullcontext():
             yield from super().read_steps(start)
         self.check.finish()
 
@@ -308,9 +327,16 @@ class GrpoRollout(Rollout):
             for case in group.cases:
                 is_truncated.append(not case.ended_with_eos)
         num_tokens = sum(map(self.count_tokens, useful))
-        return RolloutRecord(
+        record = RolloutRecord(
             rewards, lengths, is_truncated, num_useful=len(useful), num_tokens=num_tokens
         )
+        if self.environment is None:
+            return record
+        counts = []
+        for episode in chain.from_iterable(group.episodes for group in sampled):
+            calls = episode.num_calls, episode.num_mistakes
+            counts.append((episode.num_turns, *calls, bool(episode.error)))
+        return record._replace(episodes=counts)
 
     def sample_useful(
         self, step: int, skipped: list[SkippedSample]
@@ -349,32 +375,86 @@ class GrpoRollout(Rollout):
         self, step: int, indices: Sequence[int], skipped: list[SkippedSample]
     ) -> list[Group]:
         """Generate and score the responses of samples; unreadable ones are skipped."""
-        renderer = self.state.data.renderer
-        prompts = self.read_samples(indices, renderer.encode_prompt, skipped)
+        prompts = self.read_samples(indices, self.encode_prompt, skipped)
         groups = []
-        for (index, prompt), responses in zip(prompts, self.generate(step, prompts), strict=True):
-            group = self.score_responses(index, prompt, responses)
+        all_episodes = self.sample_episodes(step, prompts)
+        for (index, prompt), episodes in zip(prompts, all_episodes, strict=True):
+            group = self.score_responses(index, prompt, episodes)
             groups.append(group)
             totals_G = _weigh(group.rewards_GF, self.weights_F)
             self.check.add(group.cases, totals_G, prompt.tokenized.spans)
         return groups
 
-    def score_responses(
-        self, index: int, prompt: EncodedSample, responses: list[list[GeneratedToken]]
-    ) -> Group:
-        """Return the responses to the prompt of a sample as a group with its rewards."""
+    def encode_prompt(self, located_sample: LocatedSample) -> EncodedSample:
+        """Encode the prompt of a sample, with the tools of the environment."""
+        if self.environment is not None:
+            located_sample = add_tools(located_sample, self.environment.tools)
+        return self.state.data.renderer.encode_prompt(located_sample)
+
+    def sample_episodes(self, step: int, prompts: Sequence[IndexedSample]) -> list[list[Episode]]:
+        """Sample the responses of each prompt, which have one turn without an environment."""
+        if self.environment is None:
+            responses = self.generate(step, prompts)
+            single_turns = []
+            for (_, prompt), group in zip(prompts, responses, strict=True):
+                single_turns.append([Episode.from_answer(prompt, tokens) for tokens in group])
+            return single_turns
+        renderer = self.state.data.renderer
+        assert isinstance(renderer, NativeRenderer), "GRPO with a model without native code"
+        starts = []
+        for index, prompt in prompts:
+            sample = self.state.data.train.corpus[index]
+            starts.append(build_start(sample, prompt, self.get_references(index), renderer))
+        num_generations = self.settings.num_generations
+        max_iterations = self.settings.max_tool_calling_iterations
+        with EpisodeRunner(
+            self.environment, renderer, starts * num_generations, max_iterations
+        ) as runner:
+            self.generate(step, prompts, runner.continue_episode, runner.restart_unfinished)
+        self.log_errors(runner.errors)
+        episodes = [runner.episodes[n] for n in range(len(starts) * num_generations)]
+        return [episodes[position :: len(starts)] for position in range(len(starts))]
+
+    def log_errors(self, errors: Mapping[str, int]) -> None:
+        """Print new errors of the environment, at most `MAX_LOGGED_ERRORS` in a run."""
+        for text, count in errors.items():
+            if text in self.logged_errors or len(self.logged_errors) >= MAX_LOGGED_ERRORS:
+                continue
+            self.logged_errors.add(text)
+            self.log(f"warning: {format_count(count, 'episode')} without a reward: {text}")
+
+    def get_references(self, index: int) -> ReferenceAnswer:
+        """Return the reference texts and boxes of a sample."""
+        sample = self.state.data.train.corpus[index].sample
+        has_reasoning = self.state.data.renderer.renders_reasoning
+        return get_reference_answer(sample, has_reasoning=has_reasoning)
+
+    def score_responses(self, index: int, prompt: EncodedSample, episodes: list[Episode]) -> Group:
+        """Return the responses to the prompt of a sample as a group with its rewards.
+
+        The answer of an episode is that of its last turn. An episode whose environment failed has
+        no reward.
+        """
         renderer = self.state.data.renderer
         sample = self.state.data.train.corpus[index]
+        references = self.get_references(index)
         predictions = []
-        for tokens in responses:
-            ids = list_ids(tokens)
-            predictions.append(build_prediction(renderer, sample, prompt.tokenized, ids))
-        references = get_reference_answer(sample.sample, has_reasoning=renderer.renders_reasoning)
-        cases = [create_case(prediction, references) for prediction in predictions]
+        cases = []
+        for episode in episodes:
+            ids = episode.answer_ids
+            prediction = build_prediction(renderer, sample, prompt.tokenized, ids)
+            if episode.is_truncated:
+                prediction = replace(prediction, finish_reason="length")
+            predictions.append(prediction)
+            case = create_case(prediction, references)
+            cases.append(replace(case, environment_reward=episode.reward))
         start_time = time.perf_counter()
-        rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
+        rewards_GF = np.array(self.scorer.score(cases), dtype=np.float64).T
         self.reward_s += time.perf_counter() - start_time
-        return Group(index, prompt, responses, rewards_FG.T, predictions, cases)
+        for n, episode in enumerate(episodes):
+            if episode.error:
+                rewards_GF[n] = np.nan
+        return Group(index, prompt, episodes, rewards_GF, predictions, cases)
 
     def record_group(self, step: int, group: Group, rewards_QGF: FloatArray) -> None:
         """Append responses with rewards and advantages as lines to `responses.jsonl`."""
@@ -423,8 +503,9 @@ class GrpoRollout(Rollout):
         num_responses = sum(one.num_useful for one in records) * self.settings.num_generations
         mean_length = sum(one.num_tokens for one in records) / num_responses
         for chunk in self.split_group(group):
-            responses = [group.responses[n] for n in chunk]
-            encoded = join_responses(group.prompt, responses)
+            episodes = [group.episodes[n] for n in chunk]
+            encoded = join_sequences(group.prompt, [episode.sequence for episode in episodes])
+            responses = [episode.tokens for episode in episodes]
             lengths_G = np.array([len(tokens) for tokens in responses])
             # The loss is divided by the number of tokens of the step. With these weights, it is a
             # mean over the responses.
@@ -451,9 +532,13 @@ class GrpoRollout(Rollout):
     def split_group(self, group: Group) -> list[list[int]]:
         """Split the responses of a group that contribute to the loss by the token budget."""
         used = self.list_used(group)
-        lengths = [len(group.responses[n]) for n in used]
+        num_prompt_tokens = group.prompt.tokenized.num_tokens
+        lengths = []
+        for n in used:
+            num_tokens = group.episodes[n].sequence.tokenized.num_tokens
+            lengths.append(num_tokens - num_prompt_tokens)
         budget = self.state.progress.budget.pack_tokens
-        chunks = split_responses(group.prompt.tokenized.num_tokens, lengths, budget)
+        chunks = split_responses(num_prompt_tokens, lengths, budget)
         return [[used[position] for position in chunk] for chunk in chunks]
 
     @torch.no_grad()
@@ -470,6 +555,18 @@ class GrpoRollout(Rollout):
                 self.banned_ids,
             )
         return logps_L.float().cpu()
+
+
+def open_environment(recipe: Recipe) -> Environment | None:
+    """Load the environment of a recipe, if it has one.
+
+    Raises:
+        UserError: The file fails, or its class is no environment.
+    """
+    settings = COMPONENT.settings_of(recipe.train)
+    if settings.environment is None:
+        return None
+    return Environment(settings.environment, recipe.output_dir, settings.tool_timeout)
 
 
 @contextmanager
@@ -524,6 +621,13 @@ def describe_rewards(
         metrics[f"rewards/{name}/mean"] = _mean(values)
         if len(values) > 1:
             metrics[f"rewards/{name}/std"] = np.std(values, ddof=1)
+    counts = [*chain.from_iterable(record.episodes for record in records)]
+    if counts:
+        num_turns, num_calls, num_mistakes, has_error = np.array(counts, dtype=np.float64).T
+        metrics["episodes/mean_turns"] = num_turns.mean()
+        metrics["episodes/error_ratio"] = has_error.mean()
+        metrics["tools/call_frequency"] = num_calls.mean()
+        metrics["tools/failure_frequency"] = num_mistakes.sum() / max(1, num_calls.sum())
     return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
 
 

@@ -1,0 +1,1 @@
+"""Built-in environments, whose tools a model calls in an episode."""

@@ -1,0 +1,135 @@
+"""Tools of environments: their definitions, and the crops of the zoom tool."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finesight.evaluate.environment import Environment, ToolResult
+from finesight.evaluate.environment_worker import parse_docstring
+
+FILE = """
+from __future__ import annotations
+from typing import Literal
+from PIL import Image
+
+class Mouse:
+    def __init__(self):
+        self.calls = []
+
+    def reset(self, **values):
+        self.values = values
+
+    def click(self, x: int, button: Literal["left", "right"] = "left", schema: str | None = None):
+        '''Click somewhere.
+
+        It may have an effect.
+
+        Args:
+            x (int): Column
+                of the pixel.
+            button: Button
+              of the mouse: any.
+
+        Returns:
+            The calls.
+        '''
+        self.calls.append((x, button, schema))
+        image = Image.new("RGBA", (3, 2), (9, 8, 7, 0))
+        return [repr(self.calls), {"type": "image", "image": image}]
+
+    def _secret(self):
+        pass
+
+    def get_reward(self):
+        return None
+"""
+
+
+def test_tools_are_the_public_methods(tmp_path):
+    (tmp_path / "mouse.py").write_text(FILE)
+    with Environment(f"{tmp_path / 'mouse.py'}:Mouse", tmp_path, 30.0) as environment:
+        (tool,) = environment.tools
+        session = environment.start_episode({"id": "a"}, [])
+        first = session.call_tool("click", {"x": 3})
+        second = session.call_tool("click", {"x": "4", "button": "right", "schema": "s"})
+        wrong = session.call_tool("click", {"button": "middle", "extra": 1})
+        missing = session.call_tool("_secret", {})
+        other = environment.start_episode({"id": "b"}, [])
+        fresh = other.call_tool("click", {"x": 1})
+        assert session.get_reward() is None
+    function = tool["function"]
+    assert function["name"] == "click"
+    assert function["description"] == "Click somewhere.\n\nIt may have an effect."
+    assert function["parameters"]["required"] == ["x"]
+    properties = function["parameters"]["properties"]
+    assert properties["x"] == {"type": "integer", "description": "Column of the pixel."}
+    assert properties["button"]["enum"] == ["left", "right"]
+    assert properties["button"]["description"] == "Button of the mouse: any."
+    assert [*properties] == ["x", "button", "schema"]
+    assert first.blocks[0] == "[(3, 'left', None)]"
+    image = first.blocks[1]
+    assert isinstance(image, Image.Image)
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (3, 2), (255, 255, 255))
+    assert second.blocks[0] == "[(3, 'left', None), (4, 'right', 's')]"
+    assert fresh.blocks[0] == "[(1, 'left', None)]"
+    assert wrong.is_mistake
+    (text,) = wrong.blocks
+    assert isinstance(text, str)
+    assert all(word in text for word in ("x: Field required", "button: ", "extra: "))
+    assert missing == ToolResult(["Error: no tool '_secret'; the tools are click"], is_mistake=True)
+
+
+def test_docstrings_without_arguments():
+    assert parse_docstring("Run.") == ("Run.", {})
+    assert parse_docstring("Run.\n\nRaises:\n    ValueError: Never.") == ("Run.", {})
+
+
+@pytest.mark.parametrize(
+    ("frame", "box", "corners", "size"),
+    [
+        ((1000, 1000), [100, 200, 600, 700], (40, 40, 240, 140), (736, 384)),
+        # Pixels of the resized image, as in Qwen2.5-VL.
+        ((400, 800), [80, 80, 480, 280], (40, 40, 240, 140), (736, 384)),
+        # Small sides grow to 32 pixels within the image.
+        ((1000, 1000), [0, 0, 10, 10], (0, 0, 32, 32), (512, 512)),
+        ((1000, 1000), [990, 980, 2000, 2000], (368, 168, 400, 200), (512, 512)),
+        ((1000, 1000), [500, 500, 510, 500.5], (186, 85, 218, 117), (512, 512)),
+    ],
+)
+def test_zoom_crops_the_box_in_the_frame_of_the_family(frame, box, corners, size, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 400, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    result = zoom(tmp_path / "a.png", frame, {"bbox_2d": box, "label": "", "img_idx": 0})
+    (crop,) = result.blocks
+    assert isinstance(crop, Image.Image)
+    assert crop.size == size
+    assert crop == image.crop(corners).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"img_idx": 1}, "img_idx is 1, but there are 1 images"),
+        ({"img_idx": 0.5}, "img_idx is 0.5"),
+        ({"bbox_2d": [5, 5, 5, 9]}, "empty"),
+        ({"bbox_2d": [9, 9, 5, 5]}, "empty"),
+        ({"bbox_2d": [2000, 0, 3000, 9]}, "empty or outside"),
+        ({"bbox_2d": [1, 2, 3]}, "at least 4 items"),
+    ],
+)
+def test_zoom_explains_mistakes(arguments, problem, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    given = {"bbox_2d": [0, 0, 500, 500], "label": "", "img_idx": 0} | arguments
+    (text,) = zoom(tmp_path / "a.png", (1000, 1000), given).blocks
+    assert isinstance(text, str)
+    assert text.startswith("Error: ")
+    assert problem in text
+
+
+def zoom(path: Path, frame: tuple[int, int], arguments: dict[str, object]) -> ToolResult:
+    with Environment("image_zoom_in_tool", path.parent, 30.0) as environment:
+        session = environment.start_episode({"frames": [frame]}, [path])
+        return session.call_tool("image_zoom_in_tool", arguments)

@@ -1,0 +1,182 @@
+"""GRPO with an environment: episodes in which the model calls tools."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
+
+from finesight.data.sample import ToolCallPart
+from finesight.errors import UserError
+from finesight.evaluate.custom_metric import check_recipe_metric
+from finesight.evaluate.environment import Environment
+from finesight.recipe import load_recipe, recipe_from_dict
+
+ENVIRONMENT = """
+class Letters:
+    def reset(self, id, **values):
+        if int(id.removeprefix("train")) == 3:
+            raise ValueError("no sample")
+        assert sorted(values) == ["boxes", "frames", "images", "meta", "prompt", "references"]
+        (image,) = values["images"]
+        assert image.mode == "RGB"
+        self.value = (image.width + len(values["references"][0])) % 3
+
+    def count(self, text: str) -> str:
+        '''Count letters.
+
+        Args:
+            text: Any text.
+        '''
+        return str(len(text))
+
+    def get_reward(self):
+        self.value += 1
+        return self.value
+
+
+def early(case):
+    assert case.environment_reward in (None, 1, 2, 3)
+    return sum(letter < "n" for letter in case.answer) / max(1, len(case.answer))
+"""
+
+
+@pytest.fixture
+def environment_task(tmp_path) -> TinyTask:
+    task = TinyTask(tmp_path)
+    (tmp_path / "letters.py").write_text(ENVIRONMENT)
+    task.recipe["rewards"] = ["environment", f"{tmp_path / 'letters.py'}:early"]
+    task.recipe["train"] |= {
+        "objective": "grpo",
+        "grpo": {
+            "num_generations": 2,
+            "max_completion_length": 8,
+            "max_refills": 0,
+            "environment": f"{tmp_path / 'letters.py'}:Letters",
+        },
+    }
+    return task
+
+
+def test_run_continues_after_errors_of_an_environment(environment_task):
+    """A resumed run equals an uninterrupted one, also if the file is missing."""
+    task = environment_task
+    task.run()
+    run = task.folder / "run"
+    steps = [line for line in task.read_metrics() if "loss" in line]
+    errors = [line["episodes/error_ratio"] for line in steps]
+    # Sample 3 of 11 is used twice.
+    assert sum(ratio * line["num_samples"] for ratio, line in zip(errors, steps, strict=True)) > 0
+    assert all(line["episodes/mean_turns"] == 1 for line in steps)
+    assert all(line["tools/call_frequency"] == 0 for line in steps)
+    assert all(1 <= line["rewards/environment/mean"] <= 3 for line in steps)
+    warning = r"warning: 2 episodes without a reward: \S+letters.py:5: ValueError: no sample"
+    assert len(re.findall(warning, task.console_output)) == 1
+    assert (run / "environment.py").read_text() == ENVIRONMENT
+    lines = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    assert all("environment" in line["scores"] for line in lines)
+    shutil.copytree(run, task.folder / "whole")
+    rewind_to_checkpoint(run)
+    (task.folder / "letters.py").unlink()
+    task.run(resume=True)
+    assert_same_run(run, task.folder / "whole")
+
+
+def test_environment_of_a_received_run_needs_trust(environment_task, monkeypatch):
+    task = environment_task
+    monkeypatch.setenv("HOME", str(task.folder / "home"))
+    run = task.folder / "run"
+    run.mkdir()
+    for name in ("manifest.json", "recipe.yaml"):
+        (run / name).write_text("{}")
+    (run / "environment.py").write_text(f"{ENVIRONMENT}\n# received\n")
+    recipe = recipe_from_dict(task.recipe | {"output_dir": str(run)})
+    named = recipe_from_dict(task.recipe | {"output_dir": str(task.folder / "own")})
+    check_recipe_metric(named, None, (), trust=False)
+    (task.folder / "letters.py").unlink()
+    with pytest.raises(UserError, match="an untrusted program in a run folder") as caught:
+        check_recipe_metric(recipe, run / "recipe.yaml", (), trust=False)
+    assert caught.value.where == str(run / "environment.py")
+    check_recipe_metric(recipe, run / "recipe.yaml", (), trust=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"environment": "zoom"}, "train.grpo.environment is 'zoom'"),
+        ({"environment": None}, "the reward environment needs an environment"),
+        ({"environment": "missing.py:Letters"}, "no such file"),
+    ],
+)
+def test_recipes_with_environments_are_checked(environment_task, changes, problem):
+    environment_task.recipe["train"]["grpo"] |= changes
+    with pytest.raises(UserError, match=problem):
+        environment_task.run()
+
+
+def test_path_is_relative_to_the_recipe(environment_task):
+    task = environment_task
+    task.recipe["train"]["grpo"]["environment"] = "letters.py:Letters"
+    path = task.folder / "recipe.yaml"
+    path.write_text(json.dumps(task.recipe | {"output_dir": "run"}))
+    sampling = load_recipe(path).needs.sampling
+    assert sampling is not None
+    assert sampling.environment == f"{task.folder / 'letters.py'}:Letters"
+
+
+def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
+    """Sampler and trainer agree on episodes with images in tool results."""
+    task = TinyTask(tmp_path)
+    train = tmp_path / "train.jsonl"
+    shutil.copy(tmp_path / "train0.png", tmp_path / "crop.png")
+    write_calls(train, tmp_path)
+    del task.recipe["data"]["eval"]
+    task.recipe["tune"] = {"language": "full", "embeddings": "full"}
+    steps = "train.epochs=null", "train.save_every=null"
+    task.run(
+        *steps,
+        *("train.steps=150", "train.learning_rate=0.01", "train.batch_size=2"),
+        *("train.pack_tokens=4000", f"data.train={{path: {train}, limit: 4}}"),
+        name="calls",
+    )
+    with edit_samples(train) as samples:
+        for sample in samples:
+            del sample["tools"]
+            sample["messages"] = [sample["messages"][0], sample["messages"][-1]]
+    short = {"name": "length", "max_length": 4}
+    task.recipe |= {"model": str(tmp_path / "calls"), "rewards": ["exact", short]}
+    task.recipe["train"] |= {
+        "objective": "grpo",
+        "grpo": {
+            "environment": "image_zoom_in_tool",
+            "max_completion_length": 400,
+            "max_refills": 0,
+            "temperature": 0.3,
+            "scale_rewards": "none",
+        },
+    }
+    task.run(*steps, "train.steps=3", "train.learning_rate=0.0001", "train.grpo.num_generations=4")
+    first, *others = [line for line in task.read_metrics() if "reward" in line]
+    assert first["tools/call_frequency"] > 0.5
+    assert first["tools/failure_frequency"] < 0.5
+    assert first["episodes/mean_turns"] > 1.5
+    assert first["episodes/error_ratio"] == 0
+    differences = [one["sampling/sampling_logp_difference/mean"] for one in (first, *others)]
+    assert max(differences) <= 2e-6
+
+
+def write_calls(train: Path, folder: Path) -> None:
+    """Add a call of the zoom tool and its result to all samples."""
+    with Environment("image_zoom_in_tool", folder, 30.0) as environment:
+        tools = list(environment.tools)
+    arguments = {"bbox_2d": [0, 0, 500, 500], "label": "a", "img_idx": 0}
+    call = ToolCallPart(name="image_zoom_in_tool", arguments=arguments).model_dump(mode="json")
+    crop = {"type": "image", "image": "crop.png"}
+    with edit_samples(train) as samples:
+        for sample in samples:
+            question, answer = sample["messages"]
+            called = {"role": "assistant", "content": [call]}
+            sample["tools"] = tools
+            sample["messages"] = [question, called, {"role": "tool", "content": [crop]}, answer]

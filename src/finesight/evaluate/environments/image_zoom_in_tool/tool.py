@@ -10,9 +10,8 @@ from PIL import Image
 from pydantic import Field
 
 from finesight.config import PixelRange
-from finesight.data.boxes import smart_resize
-from finesight.data.image_file import ImageSize
-from finesight.encode.family import parse_corners, scale_box
+from finesight.encode.family import parse_corners
+from finesight.samples.frames import ImageSize, rescale, smart_resize
 
 MIN_SIDE = 32
 """Side in pixels to which smaller sides of a crop grow."""
@@ -59,7 +58,7 @@ class ImageZoomInTool:
         if corners is None:
             return "Error: bbox_2d has numbers that are not finite"
         frame = self._frames[int(img_idx)]
-        x1, y1, x2, y2 = scale_box(corners, frame, (image.height, image.width))
+        x1, y1, x2, y2 = rescale(corners, frame, (image.height, image.width))
         left, right = grow_side(x1, x2, image.width)
         top, bottom = grow_side(y1, y2, image.height)
         if left >= right or top >= bottom:

@@ -399,8 +399,7 @@ class GrpoRollout(Rollout):
             for (_, prompt), group in zip(prompts, responses, strict=True):
                 single_turns.append([Episode.from_answer(prompt, tokens) for tokens in group])
             return single_turns
-        renderer = self.state.data.renderer
-        assert isinstance(renderer, NativeRenderer), "GRPO with a model without native code"
+        renderer = self.state.data.renderer.native
         starts = []
         for index, prompt in prompts:
             sample = self.state.data.train.corpus[index]

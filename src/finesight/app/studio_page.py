@@ -216,7 +216,7 @@ class StudioPage:
             values["editor:text"], digest = self.view.workspace.read_recipe(state.recipe)
         # A review replaces the reviewed data set. Both have the same validation samples.
         used = state.dataset.files if state.dataset else set()
-        others = [str(one.path) for one in state.content.datasets if not one.files & used]
+        others = [one.path for one in state.content.datasets if not one.files & used]
         runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
             "studio.html",

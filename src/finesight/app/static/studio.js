@@ -275,7 +275,13 @@ document.addEventListener("click", async (event) => {
     }
   }
 });
-const target = document.querySelector("details:target");
-if (target) target.open = true;
+const openTarget = () => {
+  const target = byId(location.hash.slice(1));
+  if (!target?.matches("details")) return;
+  target.open = true;
+  target.scrollIntoView();
+};
+addEventListener("hashchange", openTarget);
+openTarget();
 showKinds();
 show();

@@ -35,6 +35,16 @@ const texts = labels.filter((at) => at.offsetParent).map((at) => at.innerText);
 return texts.filter((text) => /\\p{L}/u.test(text));
 """
 
+MAIN_BUTTONS_SCRIPT = """
+const probe = document.createElement("i");
+probe.style.color = "var(--accent)";
+document.body.append(probe);
+const accent = getComputedStyle(probe).color;
+probe.remove();
+const isMain = (at) => at.checkVisibility() && getComputedStyle(at).backgroundColor === accent;
+return [...document.querySelectorAll("button, a")].filter(isMain).map((at) => at.innerText);
+"""
+
 RECIPE = """\
 model: finesight-tiny
 data: {{train: data/photos/train.jsonl, eval: data/photos/eval.jsonl}}
@@ -328,5 +338,6 @@ def test_every_step_fits_and_is_accessible_in_both_languages(
         texts = browser.run(VISIBLE_LABELS_SCRIPT)
         chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
         assert chinese == (texts if lang == "zh" else []), step
+        assert len(browser.run(MAIN_BUTTONS_SCRIPT)) == 1, step
         assert browser.find_layout_problems() == [], (step, lang)
         studio.check()

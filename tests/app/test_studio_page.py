@@ -574,6 +574,17 @@ def test_practice_model_is_named_on_pages_that_use_it(folder, step):
         assert ("It cannot read photos" in shown) is is_practice
 
 
+def test_model_cards_say_what_fits_this_machine(folder, page, monkeypatch):
+    add_data(folder, "a")
+    for gpu_gb, num_fitting in ((0.0, 0), (8.6, 2), (25.8, 3)):
+        monkeypatch.setattr(studio_page, "find_gpu_memory", lambda gpu_gb=gpu_gb: gpu_gb)
+        text = page.render(Selection(step="plan"))
+        assert text.count("fits this machine") == num_fitting
+        assert text.count("needs a GPU with") == 3 - num_fitting
+        assert len(re.findall(r"About [\d,]+ min and", text)) == num_fitting
+    assert re.search(r'value="finesight-tiny"\s+checked', text)
+
+
 def test_training_starts_with_the_proposed_recipe(folder, page, started):
     assert "train-now" not in read_live(folder, "step=data")["bottom"]
     add_data(folder, "dots")

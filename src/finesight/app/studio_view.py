@@ -242,7 +242,7 @@ def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[s
     shown = "" if is_flag or default in (None, ()) else str(default)
     return FormField(
         label=parameter.name.replace("_", " ").capitalize(),
-        placeholder=shown or parameter.metavar,
+        placeholder=shown,
         value=field.value,
         choices=choices,
         default=shown,

@@ -1,4 +1,4 @@
-"""Base models that the studio offers as cards, with the memory and time that `plan` estimates."""
+"""Cards of base models with estimates of their memory and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class PlannedGpu:
-    """Estimate of `finesight plan` for LoRA on a GPU, with images of 1008 x 1008 pixels.
+    """Estimate of `finesight plan` for LoRA on one GPU.
+
+    Images have 1008 x 1008 pixels.
 
     Attributes:
         gpu_gb: Memory of the GPU in 10^9 bytes.
@@ -59,7 +61,7 @@ class ModelCard:
         return self.name == TINY_MODEL
 
     def find_estimate(self, gpu_gb: float) -> PlannedGpu | None:
-        """Return the estimate for the largest GPU of at most this memory; None if none fits."""
+        """Return the estimate for a GPU with this memory; None if the model does not fit."""
         fitting = [one for one in self.estimates if one.gpu_gb <= gpu_gb]
         return fitting[-1] if fitting else None
 
@@ -135,7 +137,7 @@ slowest GPU of each memory size."""
 
 @cache
 def find_gpu_memory() -> float:
-    """Return the memory of the largest NVIDIA GPU of this machine in 10^9 bytes; 0 without one."""
+    """Return the memory of the largest NVIDIA GPU in 10^9 bytes; 0 without one."""
     sizes = [0.0]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         answer = subprocess.run(

@@ -390,7 +390,7 @@ class RunCard:
 
 @dataclass(frozen=True, slots=True)
 class ListedRun:
-    """What a list reads of a run."""
+    """Record of a listed run without most of its steps."""
 
     record: RunRecord
     curve: str
@@ -822,12 +822,16 @@ def _read_image(workspace: Workspace, file: Path, version: int) -> str:
 
 
 def name_job(job: Job) -> str:
-    """Return the name of a command on the page; that of a terminal for one of another version."""
+    """Return the name of a command on the page.
+
+    Commands of another version have the name of a terminal.
+    """
     return translate(JOB_TITLES.get(job.arguments[0], job.arguments[0]))
 
 
-def name_item(path: Path) -> str:
+def name_item(item: Path | str) -> str:
     """Return the name of an item on the page, without the usual folder of its kind."""
+    path = Path(item)
     if len(path.parts) == 2 and path.parts[0] in ("data", "models", "recipes", "runs"):
         return path.stem if path.suffix == ".yaml" else path.name
     return str(path)

@@ -356,8 +356,9 @@ def build_sparkline(run_record: RunRecord) -> str:
         return ""
     first = points[0][0]
     num_steps = points[-1][0] - first or 1.0
-    low = min(loss for _, loss in points)
-    span = max(loss for _, loss in points) - low or 1.0
+    losses = list(map(itemgetter(1), points))
+    low = min(losses)
+    span = max(losses) - low or 1.0
     corners = []
     for step, loss in points:
         x = 100 * (step - first) / num_steps

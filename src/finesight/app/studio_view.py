@@ -810,7 +810,7 @@ def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> ListedRun:
         param_changes=None,
         guard={},
     )
-    return ListedRun(listed, build_sparkline(record))
+    return ListedRun(listed, build_sparkline(record.steps))
 
 
 @lru_cache(maxsize=500)

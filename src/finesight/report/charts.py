@@ -345,12 +345,12 @@ def smooth_points(points: Sequence[Point]) -> list[Point]:
     return smoothed
 
 
-def build_sparkline(run_record: RunRecord) -> str:
+def build_sparkline(steps: Sequence[JsonObject]) -> str:
     """Return the points of an SVG polyline of the training loss, in a box of 100 x 30.
 
     The result is empty for fewer than two steps.
     """
-    points = read_points(run_record.steps, "loss")
+    points = read_points(steps, "loss")
     points = downsample(smooth_points(points) or points, NUM_SPARKLINE_POINTS)
     if len(points) < 2:
         return ""

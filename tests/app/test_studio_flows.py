@@ -35,6 +35,16 @@ const texts = labels.filter((at) => at.offsetParent).map((at) => at.innerText);
 return texts.filter((text) => /\\p{L}/u.test(text));
 """
 
+MAIN_BUTTONS_SCRIPT = """
+const probe = document.createElement("i");
+probe.style.color = "var(--accent)";
+document.body.append(probe);
+const accent = getComputedStyle(probe).color;
+probe.remove();
+const isMain = (at) => at.checkVisibility() && getComputedStyle(at).backgroundColor === accent;
+return [...document.querySelectorAll("button, a")].filter(isMain).map((at) => at.innerText);
+"""
+
 RECIPE = """\
 model: finesight-tiny
 data: {{train: data/photos/train.jsonl, eval: data/photos/eval.jsonl}}
@@ -154,7 +164,7 @@ def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -
     studio.click("import")
     studio.wait_for("document.querySelector('.job code')?.textContent.includes('uploads/')")
     studio.wait_for_job("finished")
-    studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
+    studio.reload("document.querySelector('.item .name')?.textContent === 'uploaded'")
 
 
 def test_previewed_roles_are_imported(folder: Path, studio: StudioDriver, browser: Browser) -> None:
@@ -191,7 +201,7 @@ def test_previewed_roles_are_imported(folder: Path, studio: StudioDriver, browse
     studio.check()
     studio.click("import")
     studio.wait_for_job("finished")
-    studio.reload("document.querySelector('td a')?.textContent === 'data/turns'")
+    studio.reload("document.querySelector('.item .name')?.textContent === 'turns'")
     lines = (folder / "data/turns/train.jsonl").read_text().splitlines()
     lines += (folder / "data/turns/eval.jsonl").read_text().splitlines()
     assert len(lines) == 8
@@ -213,7 +223,7 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
         studio.wait_for(shown)
     studio.reload(f"document.querySelector('#done')?.textContent === '{NUM_LABELS} of 200 done'")
     studio.run("label", "stop", "stopped")
-    studio.reload("document.querySelector('td a')?.textContent === 'data/dots'")
+    studio.reload("document.querySelector('.item .name')?.textContent === 'dots'")
 
     studio.open("check")
     studio.click("check")
@@ -229,7 +239,7 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     studio.run("train", "train")
     studio.reload("document.querySelectorAll('.chart').length > 2")
     studio.open("results")
-    studio.reload("document.querySelector('td:last-child')?.textContent.includes('accuracy')")
+    studio.reload("document.querySelector('.item .score')?.textContent.includes('accuracy')")
 
     studio.open("chat")
     studio.click("web")
@@ -295,10 +305,12 @@ def test_two_runs_are_compared_in_report_and_chat(
         for name in ("one", "two"):
             assert run_command(["train", f"{name}.yaml"]) == 0
     studio.open("results")
-    studio.wait_for("document.querySelectorAll('td input[name=run]').length === 2")
-    browser.run("document.querySelector('#top form').target = '';")
-    browser.run("for (const box of document.querySelectorAll('td input')) box.checked = true;")
-    browser.run("document.querySelector('#top form p button').click();")
+    studio.wait_for("document.querySelectorAll('.item input[name=run]').length === 2")
+    studio.wait_for("[...document.querySelectorAll('.item img')].every((at) => at.naturalWidth)")
+    assert browser.run("return document.querySelector('[data-compare]').disabled;")
+    browser.run("document.querySelector('#runs').target = '';")
+    browser.run("for (const box of document.querySelectorAll('.item input')) box.click();")
+    browser.run("document.querySelector('[data-compare]').click();")
     studio.wait_for("location.pathname === '/view/report'")
     studio.wait_for(
         "return /one[^]*two|two[^]*one/.test(document.querySelector('main').innerText);"
@@ -326,5 +338,6 @@ def test_every_step_fits_and_is_accessible_in_both_languages(
         texts = browser.run(VISIBLE_LABELS_SCRIPT)
         chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
         assert chinese == (texts if lang == "zh" else []), step
+        assert len(browser.run(MAIN_BUTTONS_SCRIPT)) == 1, step
         assert browser.find_layout_problems() == [], (step, lang)
         studio.check()

@@ -446,7 +446,7 @@ from finesight.app.workspace import Workspace
 view, store = StudioView(Workspace(Path(sys.argv[1]))), UploadStore(Path("uploads"), 1)
 page = StudioPage(view, store, False, None, 0)
 texts = [page.render(Selection.parse({"step": s, "run": "runs/a"}, "en")) for s in STEPS]
-assert all("runs/a" in text for text in texts[4:])
+assert all("run=runs%2Fa" in text for text in texts[4:])
 print("torch" in sys.modules)
 """
 
@@ -522,10 +522,67 @@ def test_run_without_its_plugins_is_listed(folder):
     plugins = [{"kind": "metrics", "name": "gone", "package": "gone", "version": "1"}]
     manifest = {**MANIFEST, "format_version": 2, "tune": {**TUNE, "merger": "lora"}}
     (add_run(folder) / "manifest.json").write_text(json.dumps({**manifest, "plugins": plugins}))
-    assert "runs/a" in read_live(folder, "step=train")["top"]
+    assert "run=runs%2Fa" in read_live(folder, "step=train")["top"]
     # Its report names the missing package.
     with pytest.raises(UserError, match="gone==1"):
         read_run(folder / "runs/a")
+
+
+def test_cards_show_an_image_of_the_workspace(folder, tmp_path):
+    add_data(folder, "a")
+    outside = shutil.copytree(folder / "photos", tmp_path / "photos")
+    import_dataset(outside, folder / "data/b", OPTIONS)
+    run = add_run(folder)
+    recipe = "model: finesight-tiny\ndata: {train: data/a/data.jsonl}\noutput_dir: runs/a\n"
+    (run / "recipe.yaml").write_text(recipe)
+    with open_client(folder) as client:
+        page = html.unescape(client.get("/?step=data").text + client.get("/?step=results").text)
+        types = {}
+        for url in re.findall(r'<img src="(view/image[^"]*)"', page):
+            answer = client.get(f"/{url}")
+            assert "sandbox" in answer.headers["content-security-policy"]
+            types[dict(parse_qsl(urlsplit(url).query)).popitem()[0], url.split("=")[1][:9]] = (
+                answer.headers["content-type"]
+            )
+        unknown = client.get("/view/image?data=../../etc")
+    assert unknown.headers["content-type"] == "image/svg+xml"
+    assert sorted(types.values()) == ["image/png", "image/png", "image/svg+xml"]
+
+
+def test_card_of_a_run_has_score_interval_and_curve(folder):
+    add_run(folder)
+    shown = read_live(folder, "step=results&run=runs/a&lang=en")["top"]
+    card = shown[shown.index('<li class="card item">') :]
+    assert re.search(r"<strong>[\d.]+</strong>", card)
+    assert re.search(r"\([\d.]+ to [\d.]+\)", card)
+    assert '<polyline points="0.0,' in card
+    assert re.search(r'<time datetime="[^"]+[+-]\d\d:\d\d">', card)
+    assert "UTC" not in shown
+    assert str(folder) not in shown
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_practice_model_is_named_on_pages_that_use_it(folder, step):
+    add_data(folder, "a")
+    recipe = write_recipe(folder, "a", "data/a/data.jsonl")
+    run = add_run(folder)
+    for model, is_practice in ((TINY_MODEL, True), ("Qwen/Qwen2-VL-2B-Instruct", False)):
+        recipe.write_text(re.sub("(?<=model: ).*", model, recipe.read_text()))
+        (run / "manifest.json").write_text(json.dumps({**MANIFEST, "base_model": model}))
+        (run / "metrics.jsonl").touch()
+        shown = read_live(folder, f"step={step}&recipe=a.yaml&run=runs/a&lang=en")["top"]
+        assert ("It cannot read photos" in shown) is is_practice
+
+
+def test_model_cards_say_what_fits_this_machine(folder, page, monkeypatch):
+    add_data(folder, "a")
+    for gpu_gb, num_fitting in ((0.0, 0), (8.6, 2), (25.8, 3)):
+        monkeypatch.setattr(studio_page, "find_gpu_memory", lambda gpu_gb=gpu_gb: gpu_gb)
+        text = page.render(Selection(step="plan"))
+        assert text.count("fits this machine") == num_fitting
+        assert text.count("needs a GPU with") == 3 - num_fitting
+        assert len(re.findall(r"About [\d,]+ min and", text)) == num_fitting
+    assert re.search(r'value="finesight-tiny"\s+checked', text)
 
 
 def test_training_starts_with_the_proposed_recipe(folder, page, started):
@@ -720,15 +777,16 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     assert judge_run(replace(record, steps=[], result=texts)).next_step == serve
     (run / "result.json").write_text(json.dumps(result))
     query = "step=results&run=runs/a&lang=zh"
-    assert "3 / 12 个回答正确" in read_live(folder, query)["bottom"]
+    # The verdict and its proposal come before the lists.
+    assert "3 / 12 个回答正确" in read_live(folder, query)["top"]
     assert follow(page, query, "label")["step"] == "label"
     # The page proposes one step.
     lines = [json.dumps(line) for line in losses]
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n".join(lines) + "\n")
-    bottom = read_live(folder, query)["bottom"]
-    assert "训练两倍时长。训练损失仍在下降。" in bottom
-    assert "3 / 12 个回答正确" not in bottom
+    top = read_live(folder, query)["top"]
+    assert "训练两倍时长。训练损失仍在下降。" in top
+    assert top.count('data-action="follow"') == 1
     for _ in range(2):
         assert follow(page, query, "train")["recipe"] == "recipes/a-2.yaml"
     assert load_recipe(folder / "recipes/a-2.yaml").output_dir == Path("runs/a-2")
@@ -737,7 +795,7 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
 def test_link_leads_to_the_next_step_once_a_result_exists(folder):
     def find_next(step: str) -> list[str]:
         shown = html.unescape(read_live(folder, f"step={step}&lang=en")["bottom"])
-        return re.findall(r'class="next" href="./\?step=(\w+)', shown)
+        return re.findall(r'class="next button[^"]*" href="./\?step=(\w+)', shown)
 
     assert [find_next(step) for step in STEPS] == [[]] * len(STEPS)
     add_data(folder, "a")

@@ -19,6 +19,7 @@ from finesight.report.charts import (
     ChartSeries,
     build_chart,
     build_histogram,
+    build_sparkline,
     compute_ticks,
     downsample,
     format_compact,
@@ -65,6 +66,15 @@ def test_long_series_are_downsampled_with_spikes() -> None:
     assert downsample(points[:1000]) == points[:1000]
     constant = downsample([(float(step), 1.0) for step in range(5000)])
     assert len(constant) == len(set(constant)) == 500
+
+
+def test_sparkline_fills_its_box() -> None:
+    steps = [{"step": step, "loss": loss} for step, loss in ((1, 4.0), (3, 2.0), (5, 3.0))]
+    assert build_sparkline(steps) == "0.0,0.0 50.0,30.0 100.0,15.0"
+    assert build_sparkline(steps[:1]) == ""
+    assert build_sparkline([*steps[:2], {"step": 4, "loss": math.nan}]) == "0.0,0.0 100.0,30.0"
+    assert build_sparkline([steps[0], {"step": 2, "loss": 4.0}]) == "0.0,30.0 100.0,30.0"
+    assert len(build_sparkline([{"step": n, "loss": n % 7} for n in range(900)]).split()) <= 60
 
 
 def test_smoothing_has_no_initial_lag() -> None:

@@ -485,11 +485,11 @@ class ThumbnailMaker:
 
     def describe_sample(self, sample: Sample) -> PreviewSample:
         """Return the images and texts of a sample."""
-        visuals = list(_iter_visuals(sample))
+        visuals = list(iter_visuals(sample))
         images: list[PreviewImage] = []
         for path, image_index in visuals[:MAX_SHOWN_IMAGES]:
             side = SHOWN_SIDE if len(visuals) == 1 else SHOWN_SIDE_OF_SEVERAL
-            images.append(self._make_thumbnail(path, side, _list_regions(sample, image_index)))
+            images.append(self.make_thumbnail(path, side, _list_regions(sample, image_index)))
         messages: list[PreviewMessage] = []
         number = 1
         for message in sample.messages[:MAX_SHOWN_MESSAGES]:
@@ -511,7 +511,7 @@ class ThumbnailMaker:
             verdict=sample.label,
         )
 
-    def _make_thumbnail(self, path: Path, side: int, regions: Sequence[BoxPart]) -> PreviewImage:
+    def make_thumbnail(self, path: Path, side: int, regions: Sequence[BoxPart]) -> PreviewImage:
         """Return a thumbnail with regions, or the reason without one.
 
         Args:
@@ -542,7 +542,7 @@ class ThumbnailMaker:
         )
 
 
-def _iter_visuals(sample: Sample) -> Iterator[tuple[Path, int | None]]:
+def iter_visuals(sample: Sample) -> Iterator[tuple[Path, int | None]]:
     """Yield images with their index, and the first frame or the file of each video."""
     index = 0
     for part in sample.iter_parts():

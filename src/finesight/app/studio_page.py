@@ -28,6 +28,7 @@ from finesight.app.import_preview import (
     render_preview,
 )
 from finesight.app.key_file import load_key_file
+from finesight.app.model_cards import MODEL_CARDS, find_gpu_memory
 from finesight.app.pages import (
     FILE_HEADERS,
     VIEW_HEADERS,
@@ -72,6 +73,9 @@ Name = Annotated[str, Field(max_length=64)]
 
 MAX_VIEW_JOBS = 2
 """Maximum number of reports that are rendered at the same time."""
+
+MAX_IMAGE_JOBS = 2
+"""Maximum number of images of cards that are read at the same time."""
 
 MAX_PREVIEW_JOBS = 2
 """Maximum number of previews of imports at the same time."""
@@ -212,7 +216,7 @@ class StudioPage:
             values["editor:text"], digest = self.view.workspace.read_recipe(state.recipe)
         # A review replaces the reviewed data set. Both have the same validation samples.
         used = state.dataset.files if state.dataset else set()
-        others = [str(one.path) for one in state.content.datasets if not one.files & used]
+        others = [one.path for one in state.content.datasets if not one.files & used]
         runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
             "studio.html",
@@ -222,6 +226,9 @@ class StudioPage:
             others=others,
             digest=digest,
             questions=QUESTIONS,
+            model_cards=MODEL_CARDS,
+            gpu_gb=find_gpu_memory() if selection.step == "plan" else 0.0,
+            num_train=state.dataset.num_train if state.dataset else 0,
             is_import_open=not state.content.datasets
             or (job is not None and bool(job.form) and job.status != "finished"),
             needs_prompt=not values["label:prompt"] and state.run is None,
@@ -673,7 +680,7 @@ class StudioPage:
                     f"the run reads the labels of {job.out}, whose labelling page is open",
                     where=str(recipe),
                     expected="data that do not change",
-                    remedy="stop it under “Other running commands”",
+                    remedy="stop it under “Also running”",
                 )
 
     def _start(
@@ -726,6 +733,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     """Build the studio as an ASGI application with access control."""
     view = page.view
     view_jobs = RequestJobs(MAX_VIEW_JOBS)
+    image_jobs = RequestJobs(MAX_IMAGE_JOBS)
 
     def get_page(request: Request) -> Response:
         return HTMLResponse(page.render(read_selection(request)))
@@ -744,6 +752,9 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
 
     async def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
+        if request.path_params["name"] == "image":
+            image, media_type = await image_jobs.run(request, partial(view.read_image, params))
+            return Response(image, media_type=media_type, headers=FILE_HEADERS)
         render = partial(view.read_check_page, selection)
         if request.path_params["name"] == "report":
             values: dict[str, list[str]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -19,7 +20,13 @@ from urllib.parse import urlencode
 
 from finesight.app.jobs import Job, JobStore
 from finesight.app.pages import describe_error
-from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
+from finesight.app.workspace import (
+    DATA_FILES,
+    Workspace,
+    WorkspaceContent,
+    WorkspaceDataset,
+    as_argument,
+)
 from finesight.bounded_files import read_text
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
@@ -30,12 +37,18 @@ from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
 from finesight.operations.options import SourceOptions
-from finesight.report.charts import build_run_charts
+from finesight.report.charts import build_run_charts, build_sparkline
 from finesight.report.i18n import Language, translate
 from finesight.report.metric_rows import format_metric_name
 from finesight.report.run_reader import RunRecord, read_run
-from finesight.report.run_verdict import compare_evaluations, judge_run
-from finesight.report.summary import NUM_RECENT_STEPS, RunStatus, get_run_status
+from finesight.report.run_verdict import RunVerdict, compare_evaluations, judge_run
+from finesight.report.summary import (
+    NUM_RECENT_STEPS,
+    RunStatus,
+    get_model_name,
+    get_run_status,
+)
+from finesight.worker_pool import WorkerLostError
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -229,7 +242,7 @@ def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[s
     shown = "" if is_flag or default in (None, ()) else str(default)
     return FormField(
         label=parameter.name.replace("_", " ").capitalize(),
-        placeholder=shown or parameter.metavar,
+        placeholder=shown,
         value=field.value,
         choices=choices,
         default=shown,
@@ -255,6 +268,23 @@ COMMAND_STEPS = {form: step for step, forms in FORMS_OF_STEPS.items() for form i
 
 _NEXT_COLUMN = re.compile(r"(=[^\s,;=]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+JOB_TITLES = {
+    "import": "Import",
+    "label": "Labelling page",
+    "check": "Data check",
+    "plan": "Estimate",
+    "train": "Training",
+    "search": "Search for better settings",
+    "eval": "Evaluation",
+    "guard": "Comparison with the base model",
+    "web": "Chat page",
+    "predict": "Reading of images",
+    "serve": "Server",
+    "merge": "Merged model",
+    "export": "Export",
+}
+"""Name of each command on the page."""
 
 MISSING_MESSAGES = {
     "data": "No data set is selected. Select one, or import one in the step Data.",
@@ -286,6 +316,11 @@ A page reads those of all listed runs. Of larger ones, the middle is left out.
 """
 
 MAX_LISTED_RUNS = 200
+NUM_FIRST_RUNS = 8
+"""Number of runs that a page lists, and of those that it shows before *More runs*."""
+
+EMPTY_IMAGE = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 5"/>'
+
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
 MAX_LISTED_JOBS = 5
@@ -326,6 +361,39 @@ class Selection:
         if job.step == "label":
             items["data"] = job.out
         return self.link(step=job.step, job=job.id, **items)
+
+
+@dataclass(frozen=True, slots=True)
+class RunCard:
+    """Listed run.
+
+    Attributes:
+        verdict: Verdict on its metrics, without counts of its answers.
+        curve: Points of the line of its training loss; empty without any.
+        image: URL of the image of one of its samples.
+        changed_at: Time of its last metric or result.
+    """
+
+    path: Path
+    status: RunStatus
+    verdict: RunVerdict
+    curve: str
+    image: str
+    changed_at: datetime
+
+    @property
+    def metric(self) -> str:
+        """Display name of the primary metric; empty without one."""
+        row = self.verdict.primary_row
+        return format_metric_name(row.name) if row else ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRun:
+    """Record of a listed run without most of its steps."""
+
+    record: RunRecord
+    curve: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,6 +484,7 @@ class StudioView:
             meaning = OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
         return {
             "state": state,
+            "is_practice": self._uses_tiny_model(state),
             "link": selection.link,
             "url": selection.link(job=selection.job),
             "selection": selection,
@@ -429,11 +498,12 @@ class StudioView:
             "outcome": meaning,
             "warning": self._warn_of_few_samples(state),
             "is_ready": is_running_server and job is not None and job.is_ready,
-            "workspace": self.workspace.folder,
-            "runs": [
-                (run, self.read_status(run), self.format_scores(run))
-                for run in state.content.runs[:MAX_LISTED_RUNS]
-            ],
+            "workspace": self.workspace.folder.name,
+            "name_item": name_item,
+            "runs": [self.build_card(run) for run in state.content.runs[:MAX_LISTED_RUNS]],
+            "num_first_runs": NUM_FIRST_RUNS,
+            "find_image": self.find_image,
+            "verdict": self.judge(state),
             "num_unlisted_runs": max(0, len(state.content.runs) - MAX_LISTED_RUNS),
             "charts": self._build_charts(state),
             "page": self._find_page(state),
@@ -443,6 +513,7 @@ class StudioView:
             "next_step": self._find_next_step(state),
             "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             "step_names": STEP_NAMES,
+            "name_job": name_job,
             "no_run": NO_RUN,
         }
 
@@ -467,9 +538,8 @@ class StudioView:
         """Return the steps that a command or run proposes, with the buttons that follow them."""
         step, job = state.selection.step, state.job
         if step in ("train", "results") and state.run is not None:
-            is_running = job is not None and job.status == "running"
-            record = None if is_running else self._read_run(state.run, MAX_SELECTED_BYTES)
-            advice = judge_run(record, run=state.run).next_step if record else None
+            verdict = self.judge(state)
+            advice = verdict.next_step if verdict else None
             return [(PROPOSALS[advice.operation], advice)] if advice else []
         outcome = job.read_outcome() if job and job.status == "finished" else None
         steps = outcome.next_steps if outcome else ()
@@ -486,6 +556,29 @@ class StudioView:
                 return []
             return [("Use these settings", selected)]
         return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
+
+    def judge(self, state: StudioState) -> RunVerdict | None:
+        """Return the verdict on the selected run; None while it runs and in other steps."""
+        if state.selection.step not in ("train", "results") or state.run is None:
+            return None
+        if state.job is not None and state.job.status == "running":
+            return None
+        return judge_run(self._read_run(state.run, MAX_SELECTED_BYTES), run=state.run)
+
+    def _uses_tiny_model(self, state: StudioState) -> bool:
+        """Return whether the selected run, or a training that the page starts, uses finesight-tiny.
+
+        Data and labels without a run are trained with the model of the last recipe.
+        """
+        step = state.selection.step
+        if step in ("label", "results", "chat", "export"):
+            if state.run is not None:
+                return get_model_name(self._read_run(state.run)) == TINY_MODEL
+            return step == "label"
+        recipes = [state.recipe] if state.recipe else state.content.recipes[:1]
+        with contextlib.suppress(UserError):
+            return all(self.workspace.load_recipe(one).model == TINY_MODEL for one in recipes)
+        return False
 
     def select_arguments(self, operation: str, state: StudioState) -> dict[str, Any]:
         """Return the arguments of an operation that are selected.
@@ -605,11 +698,51 @@ class StudioView:
                 return replace(status, kind="resuming")
         return status
 
-    def format_scores(self, run: Path) -> tuple[str, str]:
-        """Format the first and last primary metric of a run, and its name."""
-        verdict = compare_evaluations(self._read_run(run))
-        row = verdict.primary_row
-        return verdict.scores_text, format_metric_name(row.name) if row else ""
+    def build_card(self, run: Path) -> RunCard:
+        """Return what the list shows of a run."""
+        folder = self.workspace.folder / run
+        changed_ns = max(*_read_times(folder), _read_times(folder, RECIPE_FILE)[0])
+        listed = self._read_listed(run)
+        return RunCard(
+            path=run,
+            status=self.read_status(run),
+            verdict=compare_evaluations(listed.record),
+            curve=listed.curve,
+            image=self.find_image("run", run),
+            changed_at=datetime.fromtimestamp(changed_ns / 1e9).astimezone(),
+        )
+
+    def find_image(self, kind: str, path: Path) -> str:
+        """Return the URL of the image of a data set (`data`) or a run, with its version."""
+        names = (RECIPE_FILE,) if kind == "run" else tuple(DATA_FILES)
+        version = max(_read_times(self.workspace.folder / path, *names))
+        return "view/image?" + urlencode({kind: str(path), "version": version})
+
+    def read_image(self, params: Mapping[str, str]) -> tuple[bytes, str]:
+        """Return the first image of a data set or a run, and its media type.
+
+        Without one in the workspace, it is an empty drawing, since a card needs no image.
+        """
+        with contextlib.suppress(UserError, OSError, WorkerLostError):
+            file = self._find_samples(params)
+            if file is not None and self.workspace.contains(file):
+                url = _read_image(self.workspace, file, file.stat().st_mtime_ns)
+                media_type, _, content = url.removeprefix("data:").partition(";base64,")
+                return b64decode(content), media_type
+        return EMPTY_IMAGE, "image/svg+xml"
+
+    def _find_samples(self, params: Mapping[str, str]) -> Path | None:
+        """Return the data file of a listed data set or run; None for an unknown one."""
+        content = self.workspace.scan()
+        name = params.get("data")
+        dataset = next((one for one in content.datasets if str(one.path) == name), None)
+        if dataset is not None:
+            return self.workspace.folder / dataset.train_file
+        run = next((one for one in content.runs if str(one) == params.get("run")), None)
+        if run is None:
+            return None
+        data = self.workspace.load_recipe(run / RECIPE_FILE).data
+        return self.workspace.folder / (*data.eval, *data.train)[0].path
 
     def _read_run(self, run: Path, max_bytes: int = 0) -> RunRecord:
         """Read a run, unless it has not changed since the last time.
@@ -618,9 +751,13 @@ class StudioView:
             max_bytes: Maximum size of its metrics, of which the middle is left out. 0: only what
                 the list of runs shows.
         """
+        if not max_bytes:
+            return self._read_listed(run).record
         folder = self.workspace.folder / run
-        if max_bytes:
-            return _read_run_version(folder, _read_times(folder), max_bytes)
+        return _read_run_version(folder, _read_times(folder), max_bytes)
+
+    def _read_listed(self, run: Path) -> ListedRun:
+        folder = self.workspace.folder / run
         return _read_listed_run(folder, _read_times(folder))
 
 
@@ -661,10 +798,10 @@ def _read_run_version(folder: Path, versions: tuple[int, ...], max_bytes: int) -
 
 
 @lru_cache(maxsize=2000)
-def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> RunRecord:
-    """Return what status and scores of a run need, since there may be many runs."""
+def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> ListedRun:
+    """Return what the card of a run needs, since there may be many runs."""
     record = read_run(folder, with_plugins=False, max_bytes=MAX_LISTED_BYTES)
-    return replace(
+    listed = replace(
         record,
         steps=record.steps[-NUM_RECENT_STEPS:],
         recipe={},
@@ -673,6 +810,31 @@ def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> RunRecord:
         param_changes=None,
         guard={},
     )
+    return ListedRun(listed, build_sparkline(record.steps))
+
+
+@lru_cache(maxsize=500)
+def _read_image(workspace: Workspace, file: Path, version: int) -> str:
+    """Return the first image of a data file as a data URL."""
+    from finesight.app.thumbnail import make_thumbnail  # slow to import
+
+    return str(workspace.run_job(make_thumbnail, workspace.folder, file))
+
+
+def name_job(job: Job) -> str:
+    """Return the name of a command on the page.
+
+    Commands of another version have the name of a terminal.
+    """
+    return translate(JOB_TITLES.get(job.arguments[0], job.arguments[0]))
+
+
+def name_item(item: Path | str) -> str:
+    """Return the name of an item on the page, without the usual folder of its kind."""
+    path = Path(item)
+    if len(path.parts) == 2 and path.parts[0] in ("data", "models", "recipes", "runs"):
+        return path.stem if path.suffix == ".yaml" else path.name
+    return str(path)
 
 
 def _find_next_data(state: StudioState) -> str:

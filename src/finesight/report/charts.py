@@ -48,6 +48,9 @@ NUM_REWARD_ESTIMATES = 20
 MAX_POINTS = 1000
 """Maximum number of points of a line. A screen cannot show more."""
 
+NUM_SPARKLINE_POINTS = 60
+"""Maximum number of points of a line without axes."""
+
 MAX_STEP = 1e15
 """Maximum of a drawn step. Only a damaged file has larger ones, whose neighbors are not floats."""
 
@@ -340,6 +343,28 @@ def smooth_points(points: Sequence[Point]) -> list[Point]:
         weight = decay * weight + (1 - decay)
         smoothed.append((step, total / weight))
     return smoothed
+
+
+def build_sparkline(steps: Sequence[JsonObject]) -> str:
+    """Return the points of an SVG polyline of the training loss, in a box of 100 x 30.
+
+    The result is empty for fewer than two steps.
+    """
+    points = read_points(steps, "loss")
+    points = downsample(smooth_points(points) or points, NUM_SPARKLINE_POINTS)
+    if len(points) < 2:
+        return ""
+    first = points[0][0]
+    num_steps = points[-1][0] - first or 1.0
+    losses = list(map(itemgetter(1), points))
+    low = min(losses)
+    span = max(losses) - low or 1.0
+    corners = []
+    for step, loss in points:
+        x = 100 * (step - first) / num_steps
+        y = 30 * (1 - (loss - low) / span)
+        corners.append(f"{x:.1f},{y:.1f}")
+    return " ".join(corners)
 
 
 def compute_ticks(

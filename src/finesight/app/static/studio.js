@@ -35,16 +35,52 @@ const show = (page) => {
     byId("announcement").textContent = byId("job-h")?.textContent ?? "";
   ({ status } = shown);
   enableButtons();
+  enableCompare();
+  showLocalTimes();
   wait(["running", "stopping"].includes(status) ? 1500 : 8000);
 };
 
 const enableButtons = () => {
   const isRunning = ["running", "stopping"].includes(status);
   for (const button of document.querySelectorAll("button[data-action]")) {
-    const needsData = button.dataset.action === "review" && !byId("top").dataset.hasData;
-    button.disabled =
-      isActing || needsData || (isRunning && starters.includes(button.dataset.action));
+    const { action } = button.dataset;
+    let reason = "";
+    if (action === "review" && !byId("top").dataset.hasData)
+      reason = translate("There is no data set to review yet.");
+    else if (isRunning && starters.includes(action))
+      reason = translate("Wait until the running command ends, or stop it.");
+    button.disabled = isActing || reason !== "";
+    showReason(button, reason);
   }
+};
+
+/** Says after a disabled button why it is disabled. */
+const showReason = (button, reason) => {
+  let note = button.nextElementSibling;
+  if (!note?.classList.contains("reason")) {
+    if (!reason) return;
+    note = create("span", { class: "reason soft small" });
+    button.after(note);
+  }
+  note.textContent = reason;
+  note.hidden = !reason;
+};
+
+const enableCompare = () => {
+  const button = document.querySelector("button[data-compare]");
+  if (!button) return;
+  button.disabled = document.querySelectorAll("#runs input:checked").length < 2;
+  button.nextElementSibling.hidden = !button.disabled;
+};
+
+/** Shows times in the time zone of the browser, which may differ from that of the server. */
+const showLocalTimes = () => {
+  const format = new Intl.DateTimeFormat(document.documentElement.lang, {
+    dateStyle: "medium",
+    timeStyle: "short",
+  });
+  for (const time of document.querySelectorAll("time"))
+    time.textContent = format.format(new Date(time.dateTime));
 };
 
 const refresh = async () => {
@@ -203,24 +239,27 @@ const showKinds = () => {
   }
 };
 
+/** Writes the chosen card into the field for the name of a model, and clears it the other way. */
+const chooseModel = (field) => {
+  if (field.name === "model") byId("recipe:model").value = field.value;
+  if (field.id !== "recipe:model") return;
+  for (const card of document.querySelectorAll("input[name=model]"))
+    card.checked = card.value === field.value;
+};
+
 document.addEventListener("input", (event) => {
   if (event.target.id === "editor:text") isEdited = true;
   event.target.removeAttribute("aria-invalid");
   noteChange(event.target);
+  chooseModel(event.target);
+  enableCompare();
   showKinds();
 });
 addEventListener("beforeunload", (event) => {
   if (isEdited) event.preventDefault();
 });
 document.addEventListener("submit", (event) => {
-  if (event.target.method === "get" && event.target.action.includes("/view/report")) {
-    const box = event.target.querySelector("input[type=checkbox]");
-    if (event.target.querySelectorAll("input:checked").length > 1) return;
-    box.setCustomValidity(translate("Mark at least two runs."));
-    box.reportValidity();
-    box.setCustomValidity("");
-  }
-  if (event.target.method === "get") event.preventDefault();
+  if (event.target.id !== "runs" && event.target.method === "get") event.preventDefault();
 });
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button");
@@ -236,7 +275,13 @@ document.addEventListener("click", async (event) => {
     }
   }
 });
-const target = document.querySelector("details:target");
-if (target) target.open = true;
+const openTarget = () => {
+  const target = byId(location.hash.slice(1));
+  if (!target?.matches("details")) return;
+  target.open = true;
+  target.scrollIntoView();
+};
+addEventListener("hashchange", openTarget);
+openTarget();
 showKinds();
 show();

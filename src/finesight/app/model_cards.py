@@ -1,0 +1,147 @@
+"""Cards of base models with estimates of their memory and time."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+
+from finesight.model_folder import TINY_MODEL
+from finesight.recipe_template import choose_duration
+
+QUERY_GPUS = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+QUERY_TIMEOUT_S = 10.0
+
+BATCH_SIZE = 16
+"""Samples of a step in the estimates, and in new recipes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGpu:
+    """Estimate of `finesight plan` for LoRA on one GPU.
+
+    Images have 1008 x 1008 pixels.
+
+    Attributes:
+        gpu_gb: Memory of the GPU in 10^9 bytes.
+        memory_gb: Peak memory of the run with the settings that the planner has chosen.
+    """
+
+    gpu_gb: float
+    memory_gb: float
+    samples_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Base model on the page.
+
+    Attributes:
+        about: What the model reads, in English.
+        num_params_b: Number of parameters in billions. Published weights have 2 bytes each.
+        estimates: One for each memory size of GPUs that the model fits, smallest first.
+    """
+
+    name: str
+    title: str
+    about: str
+    num_params_b: float
+    estimates: Sequence[PlannedGpu] = ()
+
+    @property
+    def download_gb(self) -> float:
+        """Size of the weights; 0 for the bundled model."""
+        return 0.0 if self.is_practice else 2 * self.num_params_b
+
+    @property
+    def is_practice(self) -> bool:
+        """Return whether it is the bundled model, which trains without a GPU."""
+        return self.name == TINY_MODEL
+
+    def find_estimate(self, gpu_gb: float) -> PlannedGpu | None:
+        """Return the estimate for a GPU with this memory; None if the model does not fit."""
+        fitting = [one for one in self.estimates if one.gpu_gb <= gpu_gb]
+        return fitting[-1] if fitting else None
+
+    def estimate_minutes(self, gpu_gb: float, num_samples: int) -> int | None:
+        """Return the minutes of a run of the usual length, without evaluations.
+
+        It is None if the model does not fit.
+        """
+        estimate = self.find_estimate(gpu_gb)
+        if estimate is None:
+            return None
+        setting, text = choose_duration(num_samples, BATCH_SIZE, is_short=False).popitem()
+        number = int(text.split()[0])
+        num_processed = number * (num_samples if setting == "train.epochs" else BATCH_SIZE)
+        return max(1, round(num_processed / estimate.samples_per_s / 60))
+
+
+MODEL_CARDS = (
+    ModelCard(
+        TINY_MODEL,
+        "Practice model",
+        "Generated tickets, receipts and drawings. No photos, no handwriting.",
+        0.0126,
+    ),
+    ModelCard(
+        "Qwen/Qwen2-VL-2B-Instruct",
+        "Qwen2-VL 2B",
+        "Photos, documents and screenshots. Small and fast, for one simple task.",
+        2.21,
+        (
+            PlannedGpu(8, 7.1, 0.739),
+            PlannedGpu(12, 10.7, 0.738),
+            PlannedGpu(16, 14.4, 1.48),
+            PlannedGpu(24, 21.4, 4.56),
+            PlannedGpu(48, 36.0, 8.07),
+            PlannedGpu(80, 36.0, 8.71),
+            PlannedGpu(141, 36.0, 26.3),
+        ),
+    ),
+    ModelCard(
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "Qwen2.5-VL 3B",
+        "Photos, documents, tables and boxes. A good first choice.",
+        3.75,
+        (
+            PlannedGpu(8, 7.1, 0.494),
+            PlannedGpu(12, 10.8, 0.458),
+            PlannedGpu(16, 13.9, 0.93),
+            PlannedGpu(24, 19.4, 3.55),
+            PlannedGpu(48, 40.3, 6.08),
+            PlannedGpu(80, 57.8, 6.79),
+            PlannedGpu(141, 57.8, 20.3),
+        ),
+    ),
+    ModelCard(
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "Qwen2.5-VL 7B",
+        "Photos, documents and long texts, also in Chinese. The most accurate of these.",
+        8.29,
+        (
+            PlannedGpu(12, 10.5, 0.222),
+            PlannedGpu(16, 14.0, 0.464),
+            PlannedGpu(24, 21.2, 1.45),
+            PlannedGpu(48, 40.3, 3.72),
+            PlannedGpu(80, 68.3, 3.88),
+            PlannedGpu(141, 83.7, 11.8),
+        ),
+    ),
+)
+"""Models by size. The estimates are those of LoRA in benchmarks/results/which_card.json, by the
+slowest GPU of each memory size."""
+
+
+@cache
+def find_gpu_memory() -> float:
+    """Return the memory of the largest NVIDIA GPU in 10^9 bytes; 0 without one."""
+    sizes = [0.0]
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        answer = subprocess.run(
+            QUERY_GPUS, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True
+        )
+        sizes += [float(line) * 2**20 / 1e9 for line in answer.stdout.splitlines()]
+    return max(sizes)

@@ -421,6 +421,18 @@ class Hostile:
         """Return an image that no model supports."""
         return Image.new("RGB", (1000, 1))
 
+    def flat(self) -> Image.Image:
+        """Return an image without pixels."""
+        return Image.new("RGB", (4, 4)).crop((2, 0, 2, 4))
+
+    def blocks(self) -> list:
+        """Return many texts."""
+        return [""] * 65
+
+    def surrogate(self) -> str:
+        """Return half of a character."""
+        return chr(0xD83D)
+
     def long(self) -> str:
         """Return a long text."""
         return "x" * 100_001
@@ -474,6 +486,8 @@ ROW = {"id": "a", "meta": {}, "prompt": "", "references": [], "boxes": [], "fram
         ("sleeps", "took more than 1 s"),
         ("huge", "25000000 pixels"),
         ("many", "17 images"),
+        ("flat", "an image without pixels"),
+        ("blocks", "65 texts and images"),
         ("long", "100001 characters"),
         ("memory", "memory|MemoryError"),
         ("exits", "SystemExit"),
@@ -496,7 +510,7 @@ def test_hostile_episodes_are_counted(hostile, tmp_path):
     renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "tiny")))
     question = Sample(id="a", messages=(Message(role="user", content="Which?"),))
     prompt = renderer.encode_prompt(add_tools(LocatedSample(question, tmp_path), hostile.tools))
-    names = ["exits", "thin", "instruct", "environ", "unknown", "number"]
+    names = ["exits", "thin", "instruct", "environ", "unknown", "number", "surrogate"]
     failing = EpisodeStart(ROW | {"id": "fails"}, [])
     starts = [*[EpisodeStart(ROW, [])] * len(names), failing, EpisodeStart(ROW, [])]
     end = renderer.end_ids[0]
@@ -524,8 +538,8 @@ def test_hostile_episodes_are_counted(hostile, tmp_path):
         assert any("no reset" in text for text in runner.errors)
         # Without a token for the next answer, the episode is truncated.
         request = GenerationRequest(prompt=prompt, max_new_tokens=len(ids) + 3)
-        assert runner.continue_episode(7, request, tokens) is None
-        assert runner.episodes[7].is_truncated
+        assert runner.continue_episode(len(names) + 1, request, tokens) is None
+        assert runner.episodes[len(names) + 1].is_truncated
 
 
 @pytest.mark.parametrize(
@@ -537,6 +551,18 @@ def test_hostile_episodes_are_counted(hostile, tmp_path):
         (
             "class A:\n    def reset(self): pass\n    def f(self): pass",
             "f is no tool.*no docstring",
+        ),
+        (
+            "class A:\n    def reset(self): pass\n    @staticmethod\n    def f(): 'F.'",
+            "f is no tool: it is static",
+        ),
+        (
+            "class A:\n    def reset(self): pass\n    async def f(self): 'F.'",
+            "f is no tool: it is a coroutine",
+        ),
+        (
+            "class A:\n    def reset(self): pass\n    def f(self, x: float = 1e999): 'F.'",
+            "f is no tool",
         ),
         ("1 / 0", "ZeroDivisionError"),
         ("import os\nos._exit(1)", "the process that loads it ended"),

@@ -7,6 +7,7 @@ instance of the class.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic.errors import PydanticUserError
 
 from finesight.environment_components import ENVIRONMENTS
 from finesight.errors import UserError
@@ -35,12 +35,16 @@ MAX_RESULT_IMAGES = 16
 MAX_RESULT_PIXELS = 1 << 24
 """Maximum number of pixels of all images in the result of a tool."""
 
+MAX_RESULT_BLOCKS = 64
+"""Maximum number of texts and images in the result of a tool."""
+
 RESERVED_METHODS = ("reset", "get_reward")
 
 _EXPECTED = "a class with reset(...), typed methods with docstrings, and optionally get_reward()"
 _EXPECTED_RESULT = (
-    f"text of at most {MAX_RESULT_CHARS} characters, an image, or a list of both with at most"
-    f" {MAX_RESULT_IMAGES} images of {MAX_RESULT_PIXELS} pixels together"
+    f"text of at most {MAX_RESULT_CHARS} characters, an image, or a list of at most"
+    f" {MAX_RESULT_BLOCKS} of both, with {MAX_RESULT_IMAGES} images of {MAX_RESULT_PIXELS} pixels"
+    " together"
 )
 
 _SECTION = re.compile(r"(Args|Arguments|Returns|Raises|Yields|Examples?|Notes?):")
@@ -82,6 +86,7 @@ class EnvironmentTool:
         del parameters["additionalProperties"]
         parameters.setdefault("properties", {})
         function = {"name": self.name, "description": description, "parameters": parameters}
+        json.dumps(function, allow_nan=False)  # raises ValueError for a default of nan
         return {"type": "function", "function": function}
 
 
@@ -128,8 +133,9 @@ def load_environment(name: str) -> WorkerState:
             continue
         tool = EnvironmentTool(method_name, method)
         try:
+            _check_method(found, method_name)
             tool.definition  # noqa: B018  computed once, before the processes are forked
-        except (TypeError, NameError, PydanticUserError) as error:
+        except Exception as error:  # of the types and defaults of the user
             raise UserError(
                 f"the method {method_name} is no tool: {error}",
                 where=file,
@@ -145,6 +151,15 @@ def load_environment(name: str) -> WorkerState:
             remedy="add a public method, which the model can call",
         )
     return WorkerState(file, found, tools)
+
+
+def _check_method(environment_class: type, name: str) -> None:
+    """Raise TypeError for a method that cannot be called as a tool."""
+    method = inspect.getattr_static(environment_class, name)
+    if isinstance(method, staticmethod):
+        raise TypeError("it is static, but tools have self")
+    if inspect.iscoroutinefunction(method):
+        raise TypeError("it is a coroutine, but tools return their result")
 
 
 def describe(state: WorkerState) -> JobOutput:
@@ -216,12 +231,16 @@ def read_result(result: object, where: str) -> JobOutput:
     texts: list[str | None] = []
     images: list[Image.Image] = []
     problem = ""
+    if len(blocks) > MAX_RESULT_BLOCKS:
+        problem = f"a result of {len(blocks)} texts and images"
+        blocks = []
     for block in blocks:
         value = block
         if isinstance(block, dict) and block.get("type") in ("text", "image"):
             value = block.get(block["type"])
         if isinstance(value, str):
-            texts.append(value)
+            # Lone surrogates, for example of undecodable bytes, have no tokens.
+            texts.append(value.encode("utf-8", "replace").decode())
         elif isinstance(value, Image.Image):
             texts.append(None)
             images.append(value)
@@ -233,11 +252,20 @@ def read_result(result: object, where: str) -> JobOutput:
         problem = f"a result of {num_chars} characters"
     if len(images) > MAX_RESULT_IMAGES or num_pixels > MAX_RESULT_PIXELS:
         problem = f"a result of {len(images)} images with {num_pixels} pixels"
+    if any(min(image.size) < 1 for image in images):
+        problem = "a result with an image without pixels"
     if problem:
         raise UserError(
-            problem, where=where, expected=_EXPECTED_RESULT, remedy="return a smaller result"
+            problem,
+            where=where,
+            expected=_EXPECTED_RESULT,
+            remedy="return text or images within these limits",
         )
-    return JobOutput(texts, [np.asarray(convert_to_rgb(image)) for image in images])
+    try:
+        arrays = [np.asarray(convert_to_rgb(image)) for image in images]
+    except Exception as error:  # of a file that is read only now
+        raise build_function_error(error, where, "while its image was read") from error
+    return JobOutput(texts, arrays)
 
 
 def parse_docstring(text: str) -> tuple[str, dict[str, str]]:

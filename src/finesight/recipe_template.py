@@ -322,6 +322,11 @@ def is_closed_set(answers: Sequence[str]) -> bool:
     return num_repeated >= 0.8 * len(answers) and len(counts) <= max(2, max_classes)
 
 
+def choose_batch_size(num_samples: int) -> int:
+    """Return the number of samples of a step: fewer of small datasets, which have few steps."""
+    return 16 if num_samples >= 200 else 8
+
+
 def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
     """Choose the duration of a LoRA run: a setting, and its value with a comment.
 
@@ -426,7 +431,7 @@ def _format_train(
     learning_rate = usual
     if start.is_tiny:
         learning_rate = f"{high}  # small models need more than the usual {usual}"
-    batch_size = 16 if num_samples >= 200 else 8
+    batch_size = choose_batch_size(num_samples)
     durations: dict[str, str] = {}
     for key, value in settings.items():
         text = value.strip()

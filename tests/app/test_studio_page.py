@@ -571,17 +571,19 @@ def test_practice_model_is_named_on_pages_that_use_it(folder, step):
         (run / "manifest.json").write_text(json.dumps({**MANIFEST, "base_model": model}))
         (run / "metrics.jsonl").touch()
         shown = read_live(folder, f"step={step}&recipe=a.yaml&run=runs/a&lang=en")["top"]
-        assert ("It cannot read photos" in shown) is is_practice
+        assert ("it cannot read photos" in shown) is is_practice
 
 
 def test_model_cards_say_what_fits_this_machine(folder, page, monkeypatch):
     add_data(folder, "a")
-    for gpu_gb, num_fitting in ((0.0, 0), (8.6, 2), (25.8, 3)):
+    for gpu_gb, num_dense, num_nf4 in ((0.0, 0, 0), (8.6, 1, 1), (25.8, 3, 0)):
+        num_fitting = num_dense + num_nf4
         monkeypatch.setattr(studio_page, "find_gpu_memory", lambda gpu_gb=gpu_gb: gpu_gb)
         text = page.render(Selection(step="plan"))
-        assert text.count("fits this machine") == num_fitting
-        assert text.count("needs a GPU with") == 3 - num_fitting
-        assert len(re.findall(r"About [\d,]+ min and", text)) == num_fitting
+        assert text.count("fits this machine") == num_dense
+        assert text.count("fits with weights in 4 bits") == num_nf4
+        assert text.count("needs a GPU with at least") == 3 - num_fitting
+        assert len(re.findall(r"About [\d,]+ min for", text)) == num_fitting
     assert re.search(r'value="finesight-tiny"\s+checked', text)
 
 

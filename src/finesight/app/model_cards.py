@@ -9,29 +9,26 @@ from dataclasses import dataclass
 from functools import cache
 
 from finesight.model_folder import TINY_MODEL
-from finesight.recipe_template import choose_duration
+from finesight.recipe_template import choose_batch_size, choose_duration
 
 QUERY_GPUS = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 QUERY_TIMEOUT_S = 10.0
 
-BATCH_SIZE = 16
-"""Samples of a step in the estimates, and in new recipes."""
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedGpu:
-    """Estimate of `finesight plan` for LoRA on one GPU.
+    """Estimate of `finesight plan` for LoRA on one GPU, with the settings that it proposes.
 
     Images have 1008 x 1008 pixels.
 
     Attributes:
         gpu_gb: Memory of the GPU in 10^9 bytes.
-        memory_gb: Peak memory of the run with the settings that the planner has chosen.
+        needs_nf4: Whether the model fits only with frozen weights in NF4.
     """
 
     gpu_gb: float
-    memory_gb: float
     samples_per_s: float
+    needs_nf4: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +70,10 @@ class ModelCard:
         estimate = self.find_estimate(gpu_gb)
         if estimate is None:
             return None
-        setting, text = choose_duration(num_samples, BATCH_SIZE, is_short=False).popitem()
+        batch_size = choose_batch_size(num_samples)
+        setting, text = choose_duration(num_samples, batch_size, is_short=False).popitem()
         number = int(text.split()[0])
-        num_processed = number * (num_samples if setting == "train.epochs" else BATCH_SIZE)
+        num_processed = number * (num_samples if setting == "train.epochs" else batch_size)
         return max(1, round(num_processed / estimate.samples_per_s / 60))
 
 
@@ -92,13 +90,15 @@ MODEL_CARDS = (
         "Photos, documents and screenshots. Small and fast, for one simple task.",
         2.21,
         (
-            PlannedGpu(8, 7.1, 0.739),
-            PlannedGpu(12, 10.7, 0.738),
-            PlannedGpu(16, 14.4, 1.48),
-            PlannedGpu(24, 21.4, 4.56),
-            PlannedGpu(48, 36.0, 8.07),
-            PlannedGpu(80, 36.0, 8.71),
-            PlannedGpu(141, 36.0, 26.3),
+            PlannedGpu(8, 0.739),
+            PlannedGpu(12, 0.738),
+            PlannedGpu(16, 1.48),
+            PlannedGpu(24, 4.56),
+            PlannedGpu(32, 3.26),
+            PlannedGpu(40, 8.33),
+            PlannedGpu(48, 8.07),
+            PlannedGpu(80, 8.71),
+            PlannedGpu(141, 26.3),
         ),
     ),
     ModelCard(
@@ -107,13 +107,15 @@ MODEL_CARDS = (
         "Photos, documents, tables and boxes. A good first choice.",
         3.75,
         (
-            PlannedGpu(8, 7.1, 0.494),
-            PlannedGpu(12, 10.8, 0.458),
-            PlannedGpu(16, 13.9, 0.93),
-            PlannedGpu(24, 19.4, 3.55),
-            PlannedGpu(48, 40.3, 6.08),
-            PlannedGpu(80, 57.8, 6.79),
-            PlannedGpu(141, 57.8, 20.3),
+            PlannedGpu(8, 0.494, needs_nf4=True),
+            PlannedGpu(12, 0.458),
+            PlannedGpu(16, 0.93),
+            PlannedGpu(24, 3.55),
+            PlannedGpu(32, 2.49),
+            PlannedGpu(40, 6.44),
+            PlannedGpu(48, 6.08),
+            PlannedGpu(80, 6.79),
+            PlannedGpu(141, 20.3),
         ),
     ),
     ModelCard(
@@ -122,12 +124,14 @@ MODEL_CARDS = (
         "Photos, documents and long texts, also in Chinese. The most accurate of these.",
         8.29,
         (
-            PlannedGpu(12, 10.5, 0.222),
-            PlannedGpu(16, 14.0, 0.464),
-            PlannedGpu(24, 21.2, 1.45),
-            PlannedGpu(48, 40.3, 3.72),
-            PlannedGpu(80, 68.3, 3.88),
-            PlannedGpu(141, 83.7, 11.8),
+            PlannedGpu(12, 0.222, needs_nf4=True),
+            PlannedGpu(16, 0.464, needs_nf4=True),
+            PlannedGpu(24, 1.45),
+            PlannedGpu(32, 1.17),
+            PlannedGpu(40, 3.74),
+            PlannedGpu(48, 3.72),
+            PlannedGpu(80, 3.88),
+            PlannedGpu(141, 11.8),
         ),
     ),
 )
@@ -139,9 +143,11 @@ slowest GPU of each memory size."""
 def find_gpu_memory() -> float:
     """Return the memory of the largest NVIDIA GPU in 10^9 bytes; 0 without one."""
     sizes = [0.0]
-    with suppress(OSError, subprocess.SubprocessError, ValueError):
+    with suppress(OSError, subprocess.SubprocessError):
         answer = subprocess.run(
             QUERY_GPUS, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True
         )
-        sizes += [float(line) * 2**20 / 1e9 for line in answer.stdout.splitlines()]
+        for line in answer.stdout.splitlines():
+            with suppress(ValueError):  # N/A for a GPU without memory of its own
+                sizes.append(float(line) * 2**20 / 1e9)
     return max(sizes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -512,6 +513,7 @@ class StudioView:
             "next_data": _find_next_data(state),
             "next_step": self._find_next_step(state),
             "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
+            "launch_command": _format_launch(state.recipe),
             "step_names": STEP_NAMES,
             "name_job": name_job,
             "no_run": NO_RUN,
@@ -574,7 +576,8 @@ class StudioView:
         if step in ("label", "results", "chat", "export"):
             if state.run is not None:
                 return get_model_name(self._read_run(state.run)) == TINY_MODEL
-            return step == "label"
+            if step != "label":
+                return False
         recipes = [state.recipe] if state.recipe else state.content.recipes[:1]
         with contextlib.suppress(UserError):
             return all(self.workspace.load_recipe(one).model == TINY_MODEL for one in recipes)
@@ -835,6 +838,14 @@ def name_item(item: Path | str) -> str:
     if len(path.parts) == 2 and path.parts[0] in ("data", "models", "recipes", "runs"):
         return path.stem if path.suffix == ".yaml" else path.name
     return str(path)
+
+
+def _format_launch(recipe: Path | None) -> str:
+    """Return the command that writes a file for SkyPilot; empty without a recipe."""
+    if recipe is None:
+        return ""
+    options = "--on skypilot --accelerator L40S --image IMAGE --store s3://BUCKET/FOLDER"
+    return f"finesight launch {shlex.quote(str(recipe))} {options}"
 
 
 def _find_next_data(state: StudioState) -> str:

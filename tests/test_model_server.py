@@ -192,8 +192,8 @@ def test_interrupted_start_leaves_no_server(adapters):
     """Ctrl-C during the start ends the thread and frees the port."""
     script = INTERRUPTED_START.format(model=str(adapters[0]), port=choose_port())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["interrupted", "ended", "free"], done.stderr
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["interrupted", "ended", "free"]
 
 
 INTERRUPTED_START = """

@@ -182,7 +182,8 @@ def iter_strings(path: Path) -> Iterator[str]:
 
 def test_modules_below_operations_contain_no_commands():
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text("utf-8"))
-    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (layers,) = (one["layers"] for one in contracts if one["type"] == "layers")
     below = layers[layers.index("finesight.operations") + 1 :]
     found = {}
     for layer in (name.rpartition(".")[2] for name in below):

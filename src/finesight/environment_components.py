@@ -26,4 +26,4 @@ class EnvironmentComponent(Component[Any]):
 ENVIRONMENTS = ComponentRegistry[EnvironmentComponent](
     "environments", EnvironmentComponent, "finesight.evaluate.environments"
 )
-"""Environments by name: values of `train.grpo.environment`, beside classes in Python files."""
+"""Environments by name: values of `environment` of an objective, beside classes in files."""

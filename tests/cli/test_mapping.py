@@ -343,6 +343,10 @@ def test_rows_with_the_number_of_an_image_end_with_a_mapping(
     assert f"{remedy} --mapping out-mapping.yaml" in printed.err
     draft = Path("out-mapping.yaml")
     draft.write_text(draft.read_text().replace("FOLDER/", "photos-"))
+    # A key without a role is asked for.
+    error = cli("import", "rows.jsonl", "out", "--mapping", draft, code=2).err
+    assert "source with 'web' has no role" in error
+    draft.write_text(f"{draft.read_text()}meta: [source]\n")
     cli("import", "rows.jsonl", "out", "--mapping", draft)
     sample = read_samples(Path("out/data.jsonl"))[0]
     assert sample.messages[0].content[0].image.endswith("photos-7.jpg")

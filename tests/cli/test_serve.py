@@ -16,6 +16,7 @@ from openai import OpenAI
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
 from finesight.manifest import PromptTemplate
+from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 from finesight.serve import api_server
 
@@ -33,6 +34,13 @@ LINEAR_DECODER = SimpleNamespace(
 )
 
 
+class FakeModel(VisionLanguageModel):
+    """Native model without weights."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+
+
 @pytest.fixture
 def serve_fake(monkeypatch, cli):
     """Serve a fake model: a function that returns the output and the limits of the server."""
@@ -47,10 +55,11 @@ def serve_fake(monkeypatch, cli):
             on_ready(SimpleNamespace(model_names=(*model.adapters, "base")), lambda: None)
 
         weight = SimpleNamespace(dtype=torch.bfloat16, device=torch.device(device))
-        model = SimpleNamespace(
-            model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)),
-            config=SimpleNamespace(decoder=decoder),
+        model = FakeModel()
+        object.__setattr__(
+            model, "model", SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
         )
+        object.__setattr__(model, "config", SimpleNamespace(decoder=decoder))
         names = {get_model_name(run): None}
         manifest = SimpleNamespace(prompts=(), prompt_templates=templates)
         folder = ModelFolder(TINY_MODEL_FOLDER)

@@ -31,6 +31,7 @@ from finesight.app.workspace import (
 from finesight.bounded_files import read_text
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
+from finesight.launch.launcher_component import LAUNCHERS
 from finesight.manifest import ADAPTER_FOLDER, GUARD_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from finesight.metric_components import METRICS
 from finesight.model_folder import TINY_MODEL
@@ -514,6 +515,7 @@ class StudioView:
             "next_step": self._find_next_step(state),
             "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             "launch_command": _format_launch(state.recipe),
+            "launchers": ", ".join(one.name for one in LAUNCHERS.list_available() if one.has_queue),
             "step_names": STEP_NAMES,
             "name_job": name_job,
             "no_run": NO_RUN,
@@ -841,11 +843,13 @@ def name_item(item: Path | str) -> str:
 
 
 def _format_launch(recipe: Path | None) -> str:
-    """Return the command that writes a file for SkyPilot; empty without a recipe."""
+    """Return the command that writes the file of a job.
+
+    It is empty without a recipe.
+    """
     if recipe is None:
         return ""
-    options = "--on skypilot --accelerator L40S --image IMAGE --store s3://BUCKET/FOLDER"
-    return f"finesight launch {shlex.quote(str(recipe))} {options}"
+    return f"finesight launch {shlex.quote(str(recipe))} --on LAUNCHER"
 
 
 def _find_next_data(state: StudioState) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -621,13 +622,12 @@ class SampleBuilder:
         num_item_steps = len(is_list) - is_list[::-1].index(True)
         text_key = path.steps[num_item_steps].key
         letters_by_key: dict[str, list[str]] = {}
-        for key in items[0]:
-            names = [str(item.get(key)) for item in items]
-            letters = find_letters(names)
-            is_numbered = any(name[-1:].isdecimal() for name in names)
-            if letters and not is_numbered and str(key) != text_key:
+        for key in dict.fromkeys(itertools.chain.from_iterable(items)):
+            letters = [_parse_letter(item.get(key)) for item in items]
+            are_different = all(letters) and len({*letters}) == len(letters)
+            if ("A" in letters or are_different) and str(key) != text_key:
                 letters_by_key[str(key)] = letters
-        # Flags such as Y and N are letters, too, but not the first of the alphabet.
+        # Flags such as Y and N are letters, too, but those of choices begin with A.
         expected = list(ascii_uppercase[: len(items)])
         complete = {key: one for key, one in letters_by_key.items() if sorted(one) == expected}
         is_ambiguous = len({"".join(one) for one in complete.values()}) > 1
@@ -794,6 +794,15 @@ def _list_classes(record: Record, mapping: RecordMapping) -> tuple[str, ...]:
     return record.tables.classes
 
 
+def _parse_letter(value: object) -> str:
+    """Return the letter that names a choice, such as A for `(a)`.
+
+    It is empty for other values.
+    """
+    match = re.fullmatch(r"(?i)(?:(?:option|choice)[_ ]?)?([A-Z])", str(value).strip(" ()[].:、．"))
+    return match[1].upper() if match is not None else ""
+
+
 def _build_letters_error(
     choices: Value, letters_by_key: Mapping[str, Sequence[str]]
 ) -> InvalidRowError:
@@ -805,8 +814,9 @@ def _build_letters_error(
     return InvalidRowError(
         f"the {choices.name_role('choices')} have letters of their own ({found[:100]})",
         "one key with the letters from A without gaps",
-        f"to give the letters A, B and so on to the choices in their order, write choices:"
-        f" [{paths}] with a path for each; to keep other letters, correct the rows",
+        f"to keep these letters, correct the rows; to give the letters A, B and so on to the"
+        f" choices in their order, which changes what answers by letter mean, write choices:"
+        f" [{paths}] with a path for each",
     )
 
 

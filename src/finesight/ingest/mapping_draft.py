@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finesight.data.formats.dataset_format import as_list
+from finesight.data.formats.dataset_format import IMAGE_KEYS, VIDEO_KEYS, as_list
 from finesight.data.formats.row_keys import UnfoundMediaError
 from finesight.data.formats.table import MEDIA_ROLES, UnknownRolesError, suggest_columns
 from finesight.data.image_file import is_image_value
@@ -169,29 +170,24 @@ def draft_of_unfound_media(path: Path, options: ImportOptions, out: Path) -> Ite
 def _build_row_mapping(record: Record, media_key: str) -> dict[str, Any] | None:
     """Return the mapping of a conversation, or of a question with its answer.
 
-    Other rows have None.
+    Other keys have no role: the import asks for them. Other rows have None.
     """
     mapping: dict[str, Any] = {"version": MAPPING_VERSION}
     mapping["images"] = {"template": f"FOLDER/{{{format_key(media_key)}}}.jpg"}
-    used = {media_key, "id"}
     for key, (role, content) in TURN_KEYS.items():
         turns = record.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
             names = {"path": role, "values": ROLE_NAMES}
             mapping["messages"] = {"each": key, "role": names, "content": content}
-            used.add(key)
             break
     else:
         for role, keys in TEXT_KEYS.items():
             found = next((key for key in keys if isinstance(record.get(key), str)), None)
             if found is not None:
                 mapping[role] = found
-                used.add(found)
-    if media_key not in record or not mapping.keys() & {"messages", "answer"}:
+    has_text = bool(mapping.keys() & {"messages", "answer"})
+    if media_key not in record or not has_text or record.keys() & {*IMAGE_KEYS, *VIDEO_KEYS}:
         return None
-    others = [key for key in record if key not in used]
-    if others:
-        mapping["meta"] = [f"{format_key(key)}?" for key in others]
     return mapping
 
 
@@ -226,7 +222,7 @@ def format_draft(proposal: RoleProposal, folder: Path, rows: str = "") -> str:
     roles = _list_column_roles(proposal, examples)
     templates: dict[str, tuple[str, str]] = {}
     if not roles.keys() & {"images", "videos"}:
-        templates = _find_templates(proposal.records, folder)
+        templates = _find_templates(proposal.records, folder, roles)
     lines = [HEADER]
     if rows:
         lines.append(f"rows: {quote_text(format_key(rows))}\n")
@@ -304,10 +300,19 @@ def _list_column_roles(
     return roles
 
 
-def _find_templates(records: Sequence[Record], folder: Path) -> dict[str, tuple[str, str]]:
-    """Return the column whose values stand for files, and their template, by role."""
+def _find_templates(
+    records: Sequence[Record], folder: Path, roles: Mapping[str, str | list[str]]
+) -> dict[str, tuple[str, str]]:
+    """Return the column whose values stand for files, and their template, by role.
+
+    Nothing is returned for several such columns. Columns with a role are not searched.
+    """
     search = TemplateSearch(folder)
+    used = set(itertools.chain.from_iterable(map(as_list, roles.values())))
+    found: list[dict[str, tuple[str, str]]] = []
     for key in records[0]:
+        if format_key(str(key)) in used:
+            continue
         values = [record.get(key) for record in records[:NUM_SEARCHED_RECORDS]]
         are_names = all(type(value) in (str, int) for value in values)
         if not are_names or not re.fullmatch(r"[\w .-]+", str(key)):
@@ -316,8 +321,8 @@ def _find_templates(records: Sequence[Record], folder: Path) -> dict[str, tuple[
         if template is not None:
             path = format_key(str(key))
             role = "videos" if is_video_path(template.after) else "images"
-            return {role: (path, template.format(path))}
-    return {}
+            found.append({role: (path, template.format(path))})
+    return found[0] if len(found) == 1 else {}
 
 
 def _find_repeated_image(

@@ -282,9 +282,7 @@ class ApiServer(LimitedServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop to listen, complete the running requests, and close all connections."""
         for listener in sockets or ():
-            # Forked processes have copies of the socket, which would listen further.
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
+            stop_listening(listener)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -316,6 +314,12 @@ class ApiServer(LimitedServer):
                 signal.signal(number, handler)
 
 
+def stop_listening(listener: socket.socket) -> None:
+    """Free the port of a socket, of which forked processes have copies."""
+    with contextlib.suppress(OSError):  # It is closed.
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 def run_api_server(
     inference_model: InferenceModel,
     listener: socket.socket,
@@ -339,6 +343,7 @@ def run_api_server(
     vocab_size = as_native(inference_model.model).config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
+        stack.callback(stop_listening, listener)
         folder = stack.enter_context(temporary_folder("serve"))
         worker_pool = create_worker_pool(renderer, vocab_size, limits)
         stack.callback(worker_pool.close)

@@ -783,7 +783,7 @@ def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return text
     items = value if isinstance(value, list) else [value]
-    return value if all(isinstance(item, item_types) for item in items) else text
+    return value if items and all(isinstance(item, item_types) for item in items) else text
 
 
 def describe_value(value: object) -> str:

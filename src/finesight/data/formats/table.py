@@ -1136,8 +1136,11 @@ def _read_cell(record: Record, context: ImportContext, role: str) -> object:
 
 def parse_list(cell: object) -> object:
     """Parse a cell with a list as JSON text or Python text; return other cells unchanged."""
-    is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
-    return decode_json_list(str(cell), (str, int, float)) if is_list_text else cell
+    if not isinstance(cell, str) or not cell.lstrip().startswith("["):
+        return cell
+    if cell.strip() == "[]":
+        return []
+    return decode_json_list(cell, (str, int, float))
 
 
 def get_cell(record: Record, name: str) -> object:

@@ -26,7 +26,7 @@ def check(settings: RewardSettings, recipe: Any) -> Iterator[SettingProblem]:
     if sampling is None or sampling.environment is None:
         yield SettingProblem(
             "the reward environment needs an environment",
-            "set train.grpo.environment, or remove the reward",
+            "set the environment of the objective, or remove the reward",
         )
 
 

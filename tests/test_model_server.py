@@ -202,6 +202,8 @@ import finesight
 from finesight.serve import api_server
 
 run = api_server.run_api_server
+# A shell starts programs in the background with ignored interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def interrupt(model, listener, **options):
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)

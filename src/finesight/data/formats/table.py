@@ -1138,7 +1138,7 @@ def parse_list(cell: object) -> object:
     """Parse a cell with a list as JSON text or Python text; return other cells unchanged."""
     if not isinstance(cell, str) or not cell.lstrip().startswith("["):
         return cell
-    if cell.strip() == "[]":
+    if re.fullmatch(r"\s*\[\s*\]\s*", cell):
         return []
     return decode_json_list(cell, (str, int, float))
 

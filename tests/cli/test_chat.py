@@ -15,7 +15,7 @@ from finesight.cli.app import app
 from finesight.cli.chat import COMMAND_HELP
 from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
-from finesight.infer import inference_service
+from finesight.infer import engine
 from finesight.infer.engine import Engine
 from finesight.vision.image_processing import load_image
 
@@ -74,7 +74,7 @@ def test_chat_allocates_one_sequence(monkeypatch):
             sizes.append(max_num_seqs)
             super().__init__(*args, max_num_seqs=max_num_seqs, **options)
 
-    monkeypatch.setattr(inference_service, "Engine", RecordedEngine)
+    monkeypatch.setattr(engine, "Engine", RecordedEngine)
     run_chat("/quit")
     assert sizes == [1]
 

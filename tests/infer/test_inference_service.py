@@ -286,7 +286,7 @@ def test_requests_end_if_no_engine_can_be_created(service, question_set, monkeyp
         assert is_queued.wait(60)
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(area, "Engine", raise_cuda_error)
+    monkeypatch.setattr(area, "create_engine", raise_cuda_error)
     fail_decoding(monkeypatch)
     # The service holds its lock while it creates an engine: queue the second request directly.
     running = service.submit(question_set.questions[0], OPTIONS)

@@ -467,6 +467,26 @@ def compute_required_tokens(
     return max(min(sum(lengths), capacity), *lengths)
 
 
+def create_engine(
+    model: BackendModel,
+    end_ids: Sequence[int],
+    max_num_seqs: int,
+    num_cache_tokens: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> InferenceEngine:
+    """Create the engine of the model's backend.
+
+    Args:
+        num_cache_tokens: Size of the KV cache, for native models.
+        on_progress: Called with 0 for each token of a family without native code.
+    """
+    if not model.capabilities.batches:
+        return HfEngine(as_transformers(model), end_ids, on_progress)
+    return Engine(
+        as_native(model), end_ids, max_num_seqs=max_num_seqs, num_cache_tokens=num_cache_tokens
+    )
+
+
 def build_engine(
     model: BackendModel,
     end_ids: Sequence[int],
@@ -479,12 +499,10 @@ def build_engine(
 
     Args:
         batch_size: Maximum number of concurrent sequences.
-        on_progress: Called with 0 for each token of a family without native code.
+        on_progress: See `create_engine`.
     """
-    if not model.capabilities.batches:
-        return HfEngine(as_transformers(model), end_ids, on_progress)
     lengths = sorted(prompt_lengths or [1], reverse=True)[: max(1, batch_size)]
-    num_cache_tokens = compute_required_tokens(as_native(model), lengths, max_new_tokens)
-    return Engine(
-        as_native(model), end_ids, max_num_seqs=len(lengths), num_cache_tokens=num_cache_tokens
-    )
+    num_cache_tokens = 0
+    if model.capabilities.batches:
+        num_cache_tokens = compute_required_tokens(as_native(model), lengths, max_new_tokens)
+    return create_engine(model, end_ids, len(lengths), num_cache_tokens, on_progress)

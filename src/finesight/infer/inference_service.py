@@ -20,8 +20,7 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
 from finesight.errors import UserError, format_count
 from finesight.infer.block_manager import hash_images
-from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, InferenceEngine
-from finesight.infer.hf_engine import HfEngine
+from finesight.infer.engine import GPU_BLOCK_SIZE, InferenceEngine, create_engine
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, build_prediction
@@ -34,7 +33,7 @@ from finesight.infer.request import (
     GenerationRequest,
     TokenUsage,
 )
-from finesight.model.backend import as_native, as_transformers
+from finesight.model.backend import as_native
 from finesight.model.config import DecoderConfig
 from finesight.model.vlm import VisionLanguageModel
 
@@ -578,14 +577,7 @@ class InferenceService:
         raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
 
     def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> InferenceEngine:
-        if not self._model.capabilities.batches:
-            return HfEngine(as_transformers(self._model), self.renderer.end_ids)
-        return Engine(
-            as_native(self._model),
-            self.renderer.end_ids,
-            max_num_seqs=max_num_seqs,
-            num_cache_tokens=num_cache_tokens,
-        )
+        return create_engine(self._model, self.renderer.end_ids, max_num_seqs, num_cache_tokens)
 
     def _run(self) -> None:
         while True:

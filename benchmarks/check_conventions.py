@@ -117,7 +117,7 @@ def make_resized_copy(rng: random.Random) -> BoxTransform:
 
 
 def make_odd_copy(rng: random.Random) -> BoxTransform:
-    """Sample a size of all images that no tool writes, which `check` does not search."""
+    """Sample a size of all images that no tool writes."""
     sides = rng.randint(211, 1499), rng.randint(211, 1499)
 
     def transform(box: BoxCorners, size: tuple[int, int], _: random.Random) -> BoxCorners:

@@ -144,6 +144,7 @@ def test_convention_is_detected_despite_outliers(objects):
         ("boxes-xywh", xywh),
         ("boxes-yxyx", yxyx),
         ("boxes-thousandths", in_fixed_frame(1000, 1000)),
+        ("boxes-percent", in_fixed_frame(100, 100)),
         ("boxes-normalized", in_fixed_frame(1, 1)),
         ("boxes-resized", in_fixed_frame(224, 224)),
         ("boxes-resized", in_fixed_frame(640, 480)),

@@ -56,6 +56,7 @@ _DESCRIPTIONS: dict[Severity, dict[str, str]] = {
         "boxes-xyxy": "boxes are xyxy (two corners) but are parsed differently",
         "boxes-pixels": "boxes are in pixels but are parsed differently",
         "boxes-thousandths": "boxes are in thousandths of the image but are parsed differently",
+        "boxes-percent": "boxes are in percent of the image but are parsed differently",
         "boxes-normalized": "boxes are normalized to 0-1 but are parsed differently",
         "boxes-resized": "boxes are in pixels of a resized image",
         "boxes-before-exif-rotation": "boxes are in coordinates before EXIF rotation",

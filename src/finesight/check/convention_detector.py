@@ -72,10 +72,19 @@ _FORMAT_NAMES = {
     "cxcywh": "a center and a size (x, y, width, height)",
     "yxyx": "two corners with y first (y1, x1, y2, x2)",
 }
-_UNIT_NAMES = {
-    **{"pixel": "pixels", "resized": "pixels of the image as Qwen2.5-VL resizes it"},
-    **{"1": "fractions of the image", "1000": "thousandths of the image"},
+_UNIT_NAMES: dict[Unit, str] = {
+    "pixel": "pixels",
+    "resized": "pixels of the image as Qwen2.5-VL resizes it",
+    "1": "fractions of the image",
     "100": "percent of the image",
+    "1000": "thousandths of the image",
+}
+_UNIT_CODES: dict[Unit, str] = {
+    "pixel": "pixels",
+    "resized": "resized",
+    "1": "normalized",
+    "100": "percent",
+    "1000": "thousandths",
 }
 
 
@@ -267,8 +276,8 @@ class HypothesisComparison:
         description = f"{form} in {_UNIT_NAMES[units]}"
         if units == convention.units:
             return f"boxes-{box_format}", description, option, ""
-        names = {"pixel": "pixels", "1": "normalized", "1000": "thousandths", "resized": "resized"}
-        return f"boxes-{names[units]}", description, f"{option} --box-units {units}".strip(), ""
+        options = f"{option} --box-units {units}".strip()
+        return f"boxes-{_UNIT_CODES[units]}", description, options, ""
 
 
 def _format_share(count: int, total: int) -> str:
@@ -460,7 +469,7 @@ MIN_SIDE_SHIFT = 0.01
 MIN_Z = 4.0
 """Minimum z score to prefer one hypothesis over another; its false-positive bound is 3e-4."""
 
-BOX_UNITS: tuple[Unit, ...] = ("pixel", "1000", "1")
+BOX_UNITS: tuple[Unit, ...] = ("pixel", "1000", "1", "100")
 
 BOX_FORMATS: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh", "yxyx")
 
@@ -635,8 +644,8 @@ class ConventionDetector:
         is_often_invalid = num_declared >= MIN_INVALID_FRACTION * claims.num_samples
         if not is_often_invalid or not self._is_favored_by_bounds(alternative):
             return False
-        if alternative.order == "yxyx":
-            # The bounds are those of images that lost their rotation, too.
+        if alternative.order == "yxyx" or alternative.unit == "100":
+            # The bounds are those of images that lost their rotation, or of a small copy, too.
             return False
         boxes = normalize_boxes(alternative, claims)
         far_ends = np.where(claims.width >= claims.height, boxes[:, 3], boxes[:, 2])

@@ -666,8 +666,8 @@ def _list_hypotheses(
 ) -> Iterator[tuple[BoxFrame, str, str]]:
     """Yield the box conventions that coordinates may follow, with description and import options.
 
-    These are another order of the values, thousandths, fractions, pixels of the resized image of
-    the recipe, and pixels of a copy with a constant scale.
+    These are another order of the values, thousandths, percent, fractions, pixels of the resized
+    image of the recipe, and pixels of a copy with a constant scale.
     """
     yield BoxFrame("xywh"), "x, y, width, height", "--box-format xywh"
     yield BoxFrame("cxcywh"), "center, width, height", "--box-format cxcywh"
@@ -682,6 +682,7 @@ def _list_hypotheses(
     pixels = "pixels of the original image"
     frames = [
         (UNIT_FRAMES["1000"], "in thousandths of the image", "--box-units 1000"),
+        (UNIT_FRAMES["100"], "in percent of the image", "--box-units 100"),
         (UNIT_FRAMES["1"], "in fractions of the image", "--box-units 1"),
         (BoxFrame(base="factor", width=scale), f"{copy} scaled by {scale:.2g}", pixels),
     ]

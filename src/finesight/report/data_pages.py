@@ -298,6 +298,7 @@ CHECKS: dict[str, list[str]] = {
         "boxes-xyxy",
         "boxes-pixels",
         "boxes-thousandths",
+        "boxes-percent",
         "boxes-normalized",
         "boxes-resized",
         "boxes-before-exif-rotation",

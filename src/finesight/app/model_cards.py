@@ -121,7 +121,7 @@ MODEL_CARDS = (
     ModelCard(
         "Qwen/Qwen2.5-VL-7B-Instruct",
         "Qwen2.5-VL 7B",
-        "Photos, documents and long texts, also in Chinese. The most accurate of these.",
+        "Photos, documents and long texts, also in Chinese.",
         8.29,
         (
             PlannedGpu(12, 0.222, needs_nf4=True),

@@ -422,13 +422,14 @@ class _InvalidRows:
             )
         remedy, _ = self.remedies.most_common(1)[0]
         _, first = self.described[remedy][0]
-        error_type = UnfoundMediaError if isinstance(first, UnfoundMediaError) else UserError
-        failure = error_type(
-            "\n".join(lines), where=str(path), expected=first.expected, remedy=remedy
-        )
-        if isinstance(failure, UnfoundMediaError) and isinstance(first, UnfoundMediaError):
-            failure.key = first.key
-        return failure
+        what = "\n".join(lines)
+        if isinstance(first, UnfoundMediaError):
+            unfound = UnfoundMediaError(
+                what, where=str(path), expected=first.expected, remedy=remedy
+            )
+            unfound.key = first.key
+            return unfound
+        return UserError(what, where=str(path), expected=first.expected, remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True)

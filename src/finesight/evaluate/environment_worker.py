@@ -86,7 +86,6 @@ class EnvironmentTool:
         del parameters["additionalProperties"]
         parameters.setdefault("properties", {})
         function = {"name": self.name, "description": description, "parameters": parameters}
-        json.dumps(function, allow_nan=False)  # raises ValueError for a default of nan
         return {"type": "function", "function": function}
 
 
@@ -95,7 +94,7 @@ class WorkerState:
     """Class of an environment, and its instance in the process of an episode."""
 
     where: str
-    environment_class: type
+    environment_class: type[Any]
     tools: Mapping[str, EnvironmentTool]
     instance: Any = field(default=None)
 
@@ -134,7 +133,8 @@ def load_environment(name: str) -> WorkerState:
         tool = EnvironmentTool(method_name, method)
         try:
             _check_method(found, method_name)
-            tool.definition  # noqa: B018  computed once, before the processes are forked
+            # Computed once, before the processes are forked. A default of nan raises ValueError.
+            json.dumps(tool.definition, allow_nan=False)
         except Exception as error:  # of the types and defaults of the user
             raise UserError(
                 f"the method {method_name} is no tool: {error}",
@@ -170,7 +170,7 @@ def describe(state: WorkerState) -> JobOutput:
 def reset(state: WorkerState, row: Mapping[str, Any], images: Sequence[Path]) -> JobOutput:
     """Create the instance of an episode, and pass the values that its `reset` has as arguments."""
     values = dict(row)
-    parameters = inspect.signature(state.environment_class.reset).parameters  # type: ignore[attr-defined]
+    parameters = inspect.signature(state.environment_class.reset).parameters
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     if takes_all or "images" in parameters:
         values["images"] = [load_image(path) for path in images]

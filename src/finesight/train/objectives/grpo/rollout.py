@@ -334,8 +334,8 @@ class GrpoRollout(Rollout):
             return record
         counts = []
         for episode in chain.from_iterable(group.episodes for group in sampled):
-            calls = episode.num_calls, episode.num_mistakes
-            counts.append((episode.num_turns, *calls, bool(episode.error)))
+            has_error = bool(episode.error)
+            counts.append((episode.num_turns, episode.num_calls, episode.num_mistakes, has_error))
         return record._replace(episodes=counts)
 
     def sample_useful(

@@ -47,9 +47,11 @@ from synthetic_tasks.text_images import generate_word
 from teacher_labels import crop_word
 
 from finesight.api import evaluate
-from finesight.config import DataSettings
-from finesight.data.augmentation import Augmenter
-from finesight.data.sample import (
+from finesight.encode.renderer_builder import build_renderer
+from finesight.infer.model_loader import select_cpu_precision
+from finesight.model_folder import locate_model
+from finesight.samples.augmentation import Augmenter
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
@@ -59,10 +61,8 @@ from finesight.data.sample import (
     TextPart,
     write_samples,
 )
-from finesight.encode.renderer_builder import build_renderer
-from finesight.infer.model_loader import select_cpu_precision
-from finesight.model_folder import locate_model
-from finesight.recipe import recipe_from_dict
+from finesight.settings.config import DataSettings
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 from finesight.train.training_run import train

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from finesight.check.box_hypothesis import MAX_SIDE, EdgeContrast, load_small_gray
+from finesight.ingest.check.box_hypothesis import MAX_SIDE, EdgeContrast, load_small_gray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from shape_images import COLORS, SHAPES, ColoredShape, draw_shapes

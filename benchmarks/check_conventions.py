@@ -37,9 +37,13 @@ from box_sources import (
     load_real_sources,
 )
 
-from finesight.check.box_hypothesis import DEFAULT_CONVENTION, BoxClaim, apply_exif_orientation
-from finesight.check.convention_detector import find_convention_issues
-from finesight.data.boxes import BoxConvention
+from finesight.ingest.check.box_hypothesis import (
+    DEFAULT_CONVENTION,
+    BoxClaim,
+    apply_exif_orientation,
+)
+from finesight.ingest.check.convention_detector import find_convention_issues
+from finesight.samples.boxes import BoxConvention
 
 SAMPLES_PER_TRIAL = 300
 """Samples of a source per trial."""

@@ -35,8 +35,8 @@ from fault_injection import (
     write_records,
 )
 
-from finesight.data.import_source import ImportOptions
-from finesight.data.sample import Sample
+from finesight.ingest.import_source import ImportOptions
+from finesight.samples.sample import Sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))

@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from finesight.check.image_catalog import inspect_images
+from finesight.ingest.check.image_catalog import inspect_images
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "check_speed.json"
 WIDTH, HEIGHT = 1216, 864

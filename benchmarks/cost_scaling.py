@@ -29,9 +29,9 @@ from peer_data import ensure_weights, measure_sample_costs, write_caption_datase
 from peer_metrics import WARMUP_STEPS, lora_settings, recipe_overrides, report_header
 from subprocess_timer import run_timed
 
-from finesight.config import TrainFileSettings
-from finesight.data.corpus import load_corpus
-from finesight.data.sample import sample_to_dict
+from finesight.samples.corpus import load_corpus
+from finesight.samples.sample import sample_to_dict
+from finesight.settings.config import TrainFileSettings
 
 LIMIT_S = 540.0
 LONG_SAMPLES = 16

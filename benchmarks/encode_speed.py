@@ -24,10 +24,10 @@ import numpy
 import PIL
 import tokenizers
 
-from finesight.data.sample import LocatedSample, TextPart, read_samples
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import find_sample_error
 from finesight.model_folder import locate_model
+from finesight.samples.sample import LocatedSample, TextPart, read_samples
 
 EncodeCounts = tuple[int, int, int]
 """Numbers of samples, tokens and patches."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from finesight.data.image_file import read_image_size
-from finesight.data.import_source import ImportOptions, open_unvalidated
-from finesight.data.sample import Sample, sample_to_dict
+from finesight.ingest.import_source import ImportOptions, open_unvalidated
+from finesight.samples.image_file import read_image_size
+from finesight.samples.sample import Sample, sample_to_dict
 
 Record = dict[str, Any]
 

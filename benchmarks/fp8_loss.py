@@ -42,7 +42,7 @@ REPORTED_SECTIONS = ("image", "tune", "train", "eval")
 
 def train_variant(recipe: Path, output: Path, overrides: list[str]) -> dict[str, Any]:
     """Train one variant in this process and return its results."""
-    from finesight.recipe import load_recipe
+    from finesight.settings.recipe import load_recipe
     from finesight.train.training_run import train
 
     result = train(load_recipe(recipe, [*overrides, f"output_dir={output}"]))
@@ -94,7 +94,7 @@ def main() -> None:
     from qlora_quickstart import prepare_quickstart
 
     from finesight.infer.model_loader import resolve_device
-    from finesight.recipe import load_recipe
+    from finesight.settings.recipe import load_recipe
     from finesight.train.logging import get_device_name
     from finesight.train.setup import library_versions
 

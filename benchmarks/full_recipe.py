@@ -33,8 +33,8 @@ from peer_data import ensure_weights, measure_sample_costs, write_caption_datase
 from peer_metrics import RECIPE_EPOCHS, lora_settings, recipe_overrides, report_header
 from subprocess_timer import run_timed
 
-from finesight.config import DataFileSettings
-from finesight.data.corpus import load_corpus
+from finesight.samples.corpus import load_corpus
+from finesight.settings.config import DataFileSettings
 from finesight.train.dataset_stats import list_sample_images
 
 LIMIT_S = 540.0

@@ -26,12 +26,12 @@ from PIL import Image
 from rich.console import Console
 
 from finesight import __version__
-from finesight.config import Recipe
 from finesight.model_folder import locate_model
 from finesight.plan.plan_format import plan_to_dict
 from finesight.plan.run_plan import RunPlan, plan_run
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
+from finesight.settings.config import Recipe
+from finesight.settings.recipe import load_recipe
 
 MODELS = (
     "Qwen/Qwen2-VL-2B-Instruct",

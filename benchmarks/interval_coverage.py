@@ -32,7 +32,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.random import Generator
 
-from finesight.data.sample import BoxPart
 from finesight.evaluate.bleu import MAX_NGRAM_ORDER, estimate_bleu
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
@@ -50,6 +49,7 @@ from finesight.evaluate.bootstrap import (
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metrics.detection import score as detection
 from finesight.evaluate.task_metrics import compute_metrics
+from finesight.samples.sample import BoxPart
 
 OUT = Path(__file__).parent / "results" / "interval_coverage.json"
 SIZES = (5, 10, 20, 30, 100)

@@ -41,7 +41,7 @@ from typing import Any
 
 import yaml
 
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, read_samples
+from finesight.samples.sample import BoxPart, ImagePart, Message, Sample, TextPart, read_samples
 from finesight.synth.tickets import draw_ticket, sample_ticket
 
 NUM_IMAGES, BOXES_PER_IMAGE, NUM_UPLOADS, NUM_SKIPPED = 52, 10, 2, 2

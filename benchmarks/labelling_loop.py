@@ -30,16 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pretraining"))
 from synthetic_tasks import receipts
 from synthetic_tasks.camera_noise import apply_camera_noise
 
-from finesight.data.boxes import iou
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-    write_samples,
-)
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision
 from finesight.label.label_store import Suggestion
 from finesight.label.suggestion import (
@@ -48,7 +38,17 @@ from finesight.label.suggestion import (
     rank_labels,
     suggest_labels,
 )
-from finesight.recipe import recipe_from_dict
+from finesight.samples.boxes import iou
+from finesight.samples.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    write_samples,
+)
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 from finesight.train.training_run import train

@@ -31,7 +31,6 @@ from peer_metrics import report_header
 from random_model import init_random_model
 from torch import Tensor
 
-from finesight.config import TrainSettings, TuneSettings
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
@@ -44,6 +43,7 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import supports_fp8_matmul
 from finesight.model_folder import locate_model
+from finesight.settings.config import TrainSettings, TuneSettings
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer

@@ -152,10 +152,10 @@ def measure_read_speed(
 ) -> ResultRow:
     """Measure data loading in samples/s, in training order."""
     # Imported here, after the cache folder of indices is set.
-    from finesight.config import DataSettings, PixelRange, TrainFileSettings, TrainSettings
-    from finesight.data.corpus import load_corpus
     from finesight.encode.renderer_builder import build_renderer
     from finesight.model_folder import locate_model
+    from finesight.samples.corpus import load_corpus
+    from finesight.settings.config import DataSettings, PixelRange, TrainFileSettings, TrainSettings
     from finesight.train.sampler import TrainSampler
     from finesight.train.step_dataset import StepDataset, read_steps
 

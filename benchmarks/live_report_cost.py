@@ -23,8 +23,8 @@ import torch
 from report_speed import make_box_examples
 from rich.console import Console
 
-from finesight.manifest import PREDICTIONS_FOLDER
 from finesight.progress import ProgressConsole
+from finesight.settings.manifest import PREDICTIONS_FOLDER
 from finesight.train.run_dir import RunDir
 from finesight.train.run_report import MIN_IDLE_RATIO, REPORT_INTERVAL_S, RunReport
 

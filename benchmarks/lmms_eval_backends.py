@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from serve_load import run_server
 
-from finesight.data.sample import join_text, read_samples
 from finesight.evaluate.regression_guard import BUILT_IN_SUITE
+from finesight.samples.sample import join_text, read_samples
 
 GROUPS = ("reading", "counting", "chat", "boxes")
 PACKAGES = ("lmms_eval", "finesight", "torch", "transformers", "openai", "filelock", "av", "wandb")

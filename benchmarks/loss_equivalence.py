@@ -40,7 +40,7 @@ def train_variant(overrides: list[str], output: Path, *, is_unoptimized: bool) -
     """Train one variant in this process and return the losses."""
     from ladder import OPTIMIZATIONS, disable_optimizations
 
-    from finesight.recipe import load_recipe
+    from finesight.settings.recipe import load_recipe
     from finesight.train.training_run import train
 
     recipe = output.with_suffix(".yaml")

@@ -4,9 +4,9 @@ It equals the reward `math`: an answer such as \\boxed{4} counts if math-verify 
 reference. It requires the extra `latex`.
 """
 
-from finesight.config import parse_reward
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
+from finesight.settings.config import parse_reward
 
 scorer = RewardScorer([parse_reward({"name": "math"})])
 

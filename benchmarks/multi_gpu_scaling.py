@@ -36,9 +36,9 @@ from peer_metrics import WARMUP_STEPS, report_header, samples_per_second
 from single_gpu import FULL_OVERRIDES, LORA_OVERRIDE, MODEL_2B, MODEL_3B, MODEL_7B
 from subprocess_timer import run_timed
 
-from finesight.config import TrainFileSettings
-from finesight.data.corpus import load_corpus
-from finesight.data.sample import LocatedSample
+from finesight.samples.corpus import load_corpus
+from finesight.samples.sample import LocatedSample
+from finesight.settings.config import TrainFileSettings
 
 BENCHMARKS_DIR = Path(__file__).resolve().parent
 LIMIT_S, STARTUP_LIMIT_S = 240.0, 120.0

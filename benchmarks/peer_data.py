@@ -15,9 +15,6 @@ import torch
 from PIL import Image
 from random_model import init_random_model
 
-from finesight.config import ExactSize, LoraSettings, TrainFileSettings, TuneSettings
-from finesight.data.corpus import load_corpus
-from finesight.data.sample import write_samples
 from finesight.encode.renderer_builder import build_renderer
 from finesight.infer.model_loader import resolve_device
 from finesight.model.config import ConfigReader
@@ -25,6 +22,9 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import build_model
 from finesight.model.weights_io import save_model
 from finesight.model_folder import ModelFolder, locate_model
+from finesight.samples.corpus import load_corpus
+from finesight.samples.sample import write_samples
+from finesight.settings.config import ExactSize, LoraSettings, TrainFileSettings, TuneSettings
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.sampler import SequentialSampler
 from finesight.train.step_dataset import StepDataset

@@ -18,7 +18,7 @@ from competitors.job import ALPHA, DROPOUT, LEARNING_RATE, RANK, CompetitorJob
 from peer_data import SampleCosts
 from subprocess_timer import CommandLog, run_timed
 
-from finesight.config import LoraSettings
+from finesight.settings.config import LoraSettings
 
 WARMUP_STEPS = 3
 """Steps excluded as warmup."""

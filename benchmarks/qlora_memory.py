@@ -115,10 +115,10 @@ def measure_loading(model: Path, overrides: list[str]) -> dict[str, float | None
 
 def measure_generation(run: Path, data: Path) -> dict[str, float | None]:
     """Measure decoding speed and memory of single answers."""
-    from finesight.config import TrainFileSettings
-    from finesight.data.corpus import load_corpus
     from finesight.infer.model_loader import load_inference_model
     from finesight.infer.prediction import predict
+    from finesight.samples.corpus import load_corpus
+    from finesight.settings.config import TrainFileSettings
 
     answerer = load_inference_model(str(run), precision="bf16")
     samples = load_corpus((TrainFileSettings(path=data),)).read_samples()[:3]

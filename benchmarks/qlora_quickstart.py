@@ -28,8 +28,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 def prepare_quickstart(folder: Path, seed: int) -> Path:
     """Generate and import the tickets of the quickstart. Returns the recipe."""
-    from finesight.data.import_source import ImportOptions
-    from finesight.data.importer import import_dataset
+    from finesight.ingest.import_source import ImportOptions
+    from finesight.ingest.importer import import_dataset
     from finesight.operations.init import PROMPT, QuickstartSettings, write_recipe
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
@@ -48,7 +48,7 @@ def train_variant(recipe: Path, output: Path, overrides: list[str]) -> dict[str,
 
     from finesight.model.weights_io import load_model
     from finesight.model_folder import locate_model
-    from finesight.recipe import load_recipe
+    from finesight.settings.recipe import load_recipe
     from finesight.train.training_run import train
 
     settings = load_recipe(recipe, [*overrides, f"output_dir={output}"])

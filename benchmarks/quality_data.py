@@ -16,9 +16,10 @@ from PIL import Image
 from synthetic_tasks.formula_recombination import MAX_PIXELS, TOKEN_SIDE, fit_formula_image
 from tokenizers import Tokenizer
 
-from finesight.config import DataFileSettings
-from finesight.data.corpus import load_corpus
-from finesight.data.sample import (
+from finesight.encode.renderer_builder import build_renderer
+from finesight.model_folder import TINY_MODEL, locate_model
+from finesight.samples.corpus import load_corpus
+from finesight.samples.sample import (
     BoxPart,
     ImagePart,
     Message,
@@ -27,8 +28,7 @@ from finesight.data.sample import (
     list_media_paths,
     write_samples,
 )
-from finesight.encode.renderer_builder import build_renderer
-from finesight.model_folder import TINY_MODEL, locate_model
+from finesight.settings.config import DataFileSettings
 
 NUM_EVAL_SAMPLES = 100
 

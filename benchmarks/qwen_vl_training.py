@@ -69,7 +69,9 @@ def write_data(config: Path, work: Path, num_tokens: int, num_samples: int = 64)
     """Write samples of exactly `num_tokens` tokens with one image each."""
     from PIL import Image
 
-    from finesight.data.sample import (
+    from finesight.encode.renderer import NativeRenderer
+    from finesight.model_folder import ModelFolder
+    from finesight.samples.sample import (
         ImagePart,
         LocatedSample,
         Message,
@@ -77,8 +79,6 @@ def write_data(config: Path, work: Path, num_tokens: int, num_samples: int = 64)
         TextPart,
         write_samples,
     )
-    from finesight.encode.renderer import NativeRenderer
-    from finesight.model_folder import ModelFolder
 
     rng, renderer = random.Random(0), NativeRenderer(ModelFolder(config))
     Image.effect_noise((448, 448), 60).convert("RGB").save(work / "noise.png")
@@ -126,13 +126,13 @@ def measure_full_training(config: Path, data: Path, num_steps: int) -> dict[str,
     import torch
     from random_model import init_random_model
 
-    from finesight.config import TrainFileSettings, TrainSettings, TuneSettings
-    from finesight.data.corpus import load_corpus
     from finesight.encode.packing import pack
     from finesight.encode.renderer import NativeRenderer
     from finesight.model.linear import stacked_row_counts
     from finesight.model.trainable import configure_tuning, trainable_parameters
     from finesight.model_folder import ModelFolder
+    from finesight.samples.corpus import load_corpus
+    from finesight.settings.config import TrainFileSettings, TrainSettings, TuneSettings
     from finesight.train.master_weight_optimizer import MasterWeightOptimizer
     from finesight.train.objectives.objective import fused_linear_cross_entropy
 

@@ -25,9 +25,9 @@ import torch
 from random_model import init_random_model
 from tiny_model import rescale_weights
 
+from finesight.files.storage import write_folder
 from finesight.model.weights_io import save_model
 from finesight.model_folder import TINY_MODEL, locate_model
-from finesight.storage import write_folder
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 

@@ -41,11 +41,11 @@ import torch
 import yaml
 
 from finesight.api import UserError, check_data, guard, import_data, train
-from finesight.bounded_files import read_json_object
 from finesight.errors import suggest_name
 from finesight.evaluate.metric_difference import MetricDifference
+from finesight.files.bounded_files import read_json_object
+from finesight.files.storage import write_file
 from finesight.report.run_reader import read_run
-from finesight.storage import write_file
 
 BENCHMARKS_DIR = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS_DIR / "results" / "real_weights.json"

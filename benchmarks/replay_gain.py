@@ -43,7 +43,7 @@ def run_variant(seed: int, variant: str, steps: int, num_tickets: int) -> dict[s
     import torch
 
     from finesight.api import guard, import_data, train
-    from finesight.data.sample import write_samples
+    from finesight.samples.sample import write_samples
     from finesight.synth.tickets import TICKET_FIELDS, write_tickets
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

@@ -34,11 +34,11 @@ from synthetic_tasks.dataset_writer import write_task
 from synthetic_tasks.tasks import SyntheticTask
 
 from finesight import api
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, write_samples
 from finesight.evaluate.metric_difference import compare_cases
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.task_metrics import get_primary_metric
 from finesight.launch import trial_search
+from finesight.samples.sample import BoxPart, ImagePart, Message, Sample, TextPart, write_samples
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from finesight.storage import write_folder
+from finesight.files.storage import write_folder
 
 CELL_SIZE = 56
 """Pixels of a side of the cells in which shapes lie."""

@@ -44,11 +44,11 @@ import torch
 from labelling_loop import suggest, train_model
 from PIL import Image
 
-from finesight.data.sample import LocatedSample, TextPart
 from finesight.infer.prediction import build_question
 from finesight.label.label_session import open_session
 from finesight.label.label_store import get_text, read_labels
 from finesight.label.teacher import Teacher, TeacherSettings
+from finesight.samples.sample import LocatedSample, TextPart
 from finesight.synth.tickets import write_tickets
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions

@@ -45,11 +45,11 @@ from peer_metrics import read_run_results, report_header
 from quality_data import read_rows, write_tuning_task
 from subprocess_timer import run_timed
 
-from finesight.config import DataFileSettings, EvalSettings
-from finesight.data.corpus import load_corpus
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
 from finesight.model_folder import TINY_MODEL, locate_model
+from finesight.samples.corpus import load_corpus
+from finesight.settings.config import DataFileSettings, EvalSettings
 
 FULL = "tune={vision: full, merger: full, language: full, embeddings: full}"
 LORA = f"tune.lora={{rank: {RANK}, alpha: {ALPHA}, dropout: {DROPOUT}}}"

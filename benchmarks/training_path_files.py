@@ -19,7 +19,7 @@ from types import CodeType, FrameType
 from rich.console import Console
 
 import finesight
-from finesight.recipe import load_recipe
+from finesight.settings.recipe import load_recipe
 from finesight.train.device_loader import DeviceLoader
 from finesight.train.objectives.objective import fused_linear_cross_entropy
 from finesight.train.step_dataset import StepDataset

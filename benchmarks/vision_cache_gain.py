@@ -23,7 +23,7 @@ from statistics import median
 import torch
 
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
+from finesight.settings.recipe import load_recipe
 from finesight.train.logging import get_device_name
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_state, library_versions

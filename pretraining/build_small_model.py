@@ -29,9 +29,9 @@ from synthetic_tasks.formula_recombination import FormulaRecombiner, fit_formula
 from synthetic_tasks.synthetic_sample import SyntheticSample
 from synthetic_tasks.tasks import MAIN_MIXTURE, generate_mixture_sample
 
-from finesight.data.sample import write_samples
+from finesight.files.storage import write_folder
 from finesight.model_folder import TINY_MODEL, locate_model
-from finesight.storage import write_folder
+from finesight.samples.sample import write_samples
 
 PRETRAINING_DIR = Path(__file__).parent
 FORMULA_PROMPT = "Write the formula in LaTeX."

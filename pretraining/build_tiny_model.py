@@ -33,15 +33,15 @@ from synthetic_tasks.tasks import EVAL_TASKS, MAIN_MIXTURE, WARMUP_MIXTURE, gene
 from tiny_model import create_tiny_model
 from train_stages import LAST_STAGE, TRAIN_STAGES, TrainStage
 
-from finesight.config import EvalSettings, MetricSpec
-from finesight.data.sample import LocatedSample, read_samples
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.generation_eval import evaluate
+from finesight.files.storage import make_folder, sha256_file, write_file, write_folder
 from finesight.infer.model_loader import load_inference_model
 from finesight.model.weights_io import save_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
-from finesight.recipe import load_recipe
-from finesight.storage import make_folder, sha256_file, write_file, write_folder
+from finesight.samples.sample import LocatedSample, read_samples
+from finesight.settings.config import EvalSettings, MetricSpec
+from finesight.settings.recipe import load_recipe
 from finesight.train.training_run import train
 
 PRETRAINING_DIR = Path(__file__).parent

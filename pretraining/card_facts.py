@@ -13,8 +13,8 @@ from synthetic_tasks import formula_grammar, vocabulary
 from synthetic_tasks.tasks import MAIN_MIXTURE, WARMUP_MIXTURE
 from train_stages import LAST_STAGE, TRAIN_STAGES
 
-from finesight.manifest import PARAM_AUDIT_FILE
-from finesight.recipe import load_recipe
+from finesight.settings.manifest import PARAM_AUDIT_FILE
+from finesight.settings.recipe import load_recipe
 
 EVAL_RESULTS_FILE = "eval_results.json"
 """File with the results of all evaluation sets."""

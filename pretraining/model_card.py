@@ -41,8 +41,8 @@ from synthetic_tasks.text_images import MAX_IMAGE_SIZE
 from synthetic_tasks.vocabulary import CHINESE_CHARACTERS
 
 from finesight.errors import UserError
+from finesight.files.storage import write_file
 from finesight.model_folder import TINY_MODEL
-from finesight.storage import write_file
 
 EVAL_STAGE = "evaluation"
 """Name of the evaluation stage after training."""

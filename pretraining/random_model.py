@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finesight.families.qwen.architecture import AttentionPool
+from finesight.files.storage import write_folder
 from finesight.model.config import ConfigReader
 from finesight.model.hybrid_decoder import GatedDeltaNet
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
-from finesight.storage import write_folder
 
 MIN_DECAY = 0.01
 """Smallest initial decay of the heads of linear attention; the largest is 1."""

@@ -30,11 +30,11 @@ from finesight.families.qwen.architecture import (
     ResamplerAttention,
     VisionResampler,
 )
+from finesight.files.storage import write_folder
 from finesight.model.hybrid_decoder import DepthwiseConv
 from finesight.model.linear import FusedLinear
 from finesight.model.weights_io import save_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import write_folder
 
 TinyPreset = Literal["test", "small", "finesight-tiny"]
 

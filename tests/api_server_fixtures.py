@@ -19,6 +19,7 @@ from image_fixtures import encode_image, make_noise_image
 from openai import OpenAI
 
 from finesight.encode.renderer import NativeRenderer
+from finesight.files.worker_pool import WorkerPool
 from finesight.infer.inference_service import InferenceService, ServiceStats
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
@@ -26,7 +27,6 @@ from finesight.serve.api_schema import ServerLimits
 from finesight.serve.api_server import ApiServer, create_worker_pool, make_app
 from finesight.serve.http_protocol import bind_socket
 from finesight.serve.request_middleware import RequestMiddleware
-from finesight.worker_pool import WorkerPool
 
 CHAT = "/v1/chat/completions"
 POST_CHAT = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()

@@ -7,13 +7,14 @@ from case_files import load_cases
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from finesight.data.exporter import ExportSummary, export_dataset
-from finesight.data.formats.dataset_format import DatasetFormat, ImportContext, ImportExample
-from finesight.data.image_resolver import ImageResolver
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import ImportSummary, import_dataset
-from finesight.data.row_reader import SourceRow
-from finesight.data.sample import (
+from finesight.encode.family import ImageBox
+from finesight.ingest.exporter import ExportSummary, export_dataset
+from finesight.ingest.formats.dataset_format import DatasetFormat, ImportContext, ImportExample
+from finesight.ingest.image_resolver import ImageResolver
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import ImportSummary, import_dataset
+from finesight.ingest.row_reader import SourceRow
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
@@ -23,7 +24,6 @@ from finesight.data.sample import (
     TextPart,
     read_samples,
 )
-from finesight.encode.family import ImageBox
 from finesight.vision.image_processing import load_image
 
 PixelBox = tuple[int, int, int, int]

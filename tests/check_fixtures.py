@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finesight.check.check_issues import CheckIssue
-from finesight.check.check_result import CheckResult
-from finesight.check.data_checker import DataChecker, ModelRequirements, inputs_from_files
-from finesight.check.dataset_fixer import FixResult
-from finesight.data.import_source import ImportOptions
-from finesight.storage import write_folder
+from finesight.files.storage import write_folder
+from finesight.ingest.check.check_issues import CheckIssue
+from finesight.ingest.check.check_result import CheckResult
+from finesight.ingest.check.data_checker import DataChecker, ModelRequirements, inputs_from_files
+from finesight.ingest.check.dataset_fixer import FixResult
+from finesight.ingest.import_source import ImportOptions
 
 SampleRecord = dict[str, Any]
 

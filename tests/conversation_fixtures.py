@@ -14,7 +14,9 @@ from PIL import Image
 from tiny_model import SPECIAL_TOKENS, create_tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from finesight.data.sample import (
+from finesight.encode.renderer import NativeRenderer
+from finesight.model_folder import ModelFolder
+from finesight.samples.sample import (
     BoxPart,
     ImagePart,
     LocatedSample,
@@ -24,8 +26,6 @@ from finesight.data.sample import (
     ToolCallPart,
     VideoPart,
 )
-from finesight.encode.renderer import NativeRenderer
-from finesight.model_folder import ModelFolder
 
 WORDS = (
     *("a cat sits on the table, and it's 42 years old.", "What is written here?", "DON'T", "x"),

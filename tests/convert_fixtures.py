@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from finesight.config import Recipe
 from finesight.convert.recipe_converter import ConvertedRecipe, convert_config
-from finesight.recipe import load_recipe
+from finesight.settings.config import Recipe
+from finesight.settings.recipe import load_recipe
 
 LLAMA_FACTORY_SETTINGS: dict[str, object] = yaml.safe_load(
     "{model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct, stage: sft, do_train: true,"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from finesight import storage
+from finesight.files import storage
 
 
 class FailingDisk(storage.FileSystem):

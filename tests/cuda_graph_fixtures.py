@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finesight.config import PixelRange, TrainFileSettings, TuneSettings
-from finesight.data.corpus import load_corpus
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
@@ -19,6 +17,8 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
+from finesight.samples.corpus import load_corpus
+from finesight.settings.config import PixelRange, TrainFileSettings, TuneSettings
 from finesight.train import step
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.objectives.sft import Settings

@@ -243,12 +243,12 @@ def write_samples(folder: Path, images: Iterable[EdgeCaseImage]) -> Path:
 def main() -> None:
     from tiny_model import create_tiny_model
 
-    from finesight.check.image_catalog import inspect_images
-    from finesight.config import PixelRange, TrainFileSettings
-    from finesight.data.corpus import load_corpus
-    from finesight.data.image_file import CorruptImageError
     from finesight.encode.renderer import NativeRenderer
+    from finesight.ingest.check.image_catalog import inspect_images
     from finesight.model_folder import ModelFolder
+    from finesight.samples.corpus import load_corpus
+    from finesight.samples.image_file import CorruptImageError
+    from finesight.settings.config import PixelRange, TrainFileSettings
 
     folder = Path(sys.argv[1])
     model = ModelFolder(create_tiny_model(folder / "tiny"))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.data.sample import LocatedSample
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
@@ -33,6 +32,7 @@ from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import LocatedSample
 
 
 def make_mixed_questions(folder: Path) -> list[LocatedSample]:

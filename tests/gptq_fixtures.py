@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finesight.files.storage import DIGESTS_FILE
 from finesight.model_folder import ModelFolder
-from finesight.storage import DIGESTS_FILE
 
 QUANTIZED_LAYERS = re.compile(
     r"(transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.(w1|w2|c_proj))"

@@ -9,7 +9,7 @@ from case_files import load_cases
 from PIL import Image
 from tiny_model import create_tiny_model
 
-from finesight.data.sample import LocatedSample, Sample
+from finesight.samples.sample import LocatedSample, Sample
 
 _CASES = load_cases("hf_models")
 CHAT_TEMPLATE, QWEN3_5_CHAT_TEMPLATE = _CASES["chat_template"], _CASES["qwen3_5_chat_template"]

@@ -20,8 +20,8 @@ from huggingface_hub import constants
 from image_fixtures import encode_image
 from PIL import Image
 
-from finesight.data.sample import Sample
 from finesight.hub import download
+from finesight.samples.sample import Sample
 
 
 @pytest.fixture

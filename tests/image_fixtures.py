@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finesight.data.sample import BoxPart, LocatedSample, Sample
+from finesight.samples.sample import BoxPart, LocatedSample, Sample
 
 
 def write_gray_image(path: Path, width: int = 40, height: int = 20, gray_level: int = 0) -> Path:

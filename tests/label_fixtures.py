@@ -16,9 +16,9 @@ from web_server_fixture import get_image_pool, run_app
 
 from finesight.app.label_page import make_label_app
 from finesight.app.server import Access
-from finesight.data.sample import BoxPart, TextPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE, AnswerContent, SuggestedPart, Suggestion
+from finesight.samples.sample import BoxPart, TextPart, read_samples
 
 MODEL = "finesight-tiny"
 COLORS = ("red", "green", "blue")

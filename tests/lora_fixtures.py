@@ -11,15 +11,15 @@ from hf_reference import make_config, make_native_model, make_reference_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finesight.config import Precision, TuneSettings
-from finesight.manifest import Manifest
+from finesight.files.storage import write_folder
 from finesight.model.linear import FusedLinear, hub_name, iter_adapters
 from finesight.model.lora import merge, peft_io
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, load_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import write_folder
+from finesight.settings.config import Precision, TuneSettings
+from finesight.settings.manifest import Manifest
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"]
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.1}

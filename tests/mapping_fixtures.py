@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from box_fixtures import summarize_content
 
-from finesight.data.formats.dataset_format import ImportContext, ImportExample
-from finesight.data.image_resolver import ImageResolver
-from finesight.data.row_reader import SourceRow
-from finesight.data.sample import ToolCallPart
 from finesight.errors import UserError
+from finesight.ingest.formats.dataset_format import ImportContext, ImportExample
+from finesight.ingest.image_resolver import ImageResolver
 from finesight.ingest.mapped_rows import MappedRow, read_mapped_row
 from finesight.ingest.mapping import RecordMapping
+from finesight.ingest.row_reader import SourceRow
+from finesight.samples.sample import ToolCallPart
 
 
 class Mutation(NamedTuple):

@@ -14,7 +14,7 @@ from tiny_task import act_before_step
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from finesight.cli.app import run_command
-from finesight.recipe import load_recipe
+from finesight.settings.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.parallel import distributed
 from finesight.train.state import StepOutput, TrainState

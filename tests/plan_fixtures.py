@@ -13,8 +13,6 @@ from tiny_task import TinyTask, write_recipe
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from finesight import config
-from finesight.data.corpus import load_corpus
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
@@ -27,7 +25,9 @@ from finesight.plan.run_plan import RunPlan, plan_run
 from finesight.plan.settings_search import PlannedModel, build_planned_model
 from finesight.plan.step_time import TargetDevice
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
+from finesight.samples.corpus import load_corpus
+from finesight.settings import config
+from finesight.settings.recipe import load_recipe
 from finesight.train.objectives.objective import fused_linear_cross_entropy
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
+from finesight.files.worker_pool import JobOutput
 from finesight.serve.preprocessing_jobs import WorkerState, load_worker_state
-from finesight.worker_pool import JobOutput
 
 
 def load(number: int) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import itertools
 import pytest
 from tiny_task import TinyTask, edit_samples
 
-from finesight.config import DataSettings
-from finesight.data.corpus import Corpus, load_corpus
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
+from finesight.samples.corpus import Corpus, load_corpus
+from finesight.settings.config import DataSettings
 
 LONG_RUN = "train.epochs=8", "train.save_every=null"
 

@@ -12,11 +12,11 @@ from plan_fixtures import Tune, compute_loss, make_batch, make_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from finesight.config import ParallelMode, TrainSettings
 from finesight.encode.batch import PackedBatch
 from finesight.model.linear import stacked_row_counts
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import locate_model
+from finesight.settings.config import ParallelMode, TrainSettings
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.parallel.fsdp import FSDPStrategy
 

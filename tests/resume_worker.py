@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from finesight.errors import TrainingInterrupted
 from finesight.model.vlm import VisionLanguageModel
-from finesight.recipe import load_recipe
+from finesight.settings.recipe import load_recipe
 from finesight.train.training_run import train
 
 

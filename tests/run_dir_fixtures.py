@@ -9,10 +9,10 @@ from typing import Any
 from case_files import load_cases
 from PIL import Image
 
-from finesight.check.check_issues import count_half_octaves
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics
-from finesight.storage import write_folder
+from finesight.files.storage import write_folder
+from finesight.report.histogram_counts import count_half_octaves
 
 JsonLine = dict[str, Any]
 

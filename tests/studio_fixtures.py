@@ -25,8 +25,8 @@ from finesight.app.studio_page import Form, StudioPage, make_studio_app
 from finesight.app.studio_view import FORMS, Selection, StudioView, name_actions
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
+from finesight.files.storage import FileLock, write_file
 from finesight.report.i18n import use_language
-from finesight.storage import FileLock, write_file
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from video_fixtures import write_video
 from finesight import api
 from finesight.api import UserError
 from finesight.operations import training
-from finesight.recipe import dump_recipe, load_recipe, recipe_from_dict
+from finesight.settings.recipe import dump_recipe, load_recipe, recipe_from_dict
 
 PAGE = list_code_blocks(DOCS / "en" / "api.md")
 BLOCKS = [block.text for block in PAGE if block.language == "python"]
@@ -99,7 +99,7 @@ BASE = {"torch", "numpy", "PIL", "pydantic", "huggingface_hub", "rich"}
         # Without a scan of the installed packages for plug-ins.
         ("finesight.cli.app", BASE | {"importlib.metadata"}),
         ("finesight.app.studio_page", {"torch", "transformers", "huggingface_hub"}),
-        ("finesight.recipe_template", {"torch", "transformers", "starlette"}),
+        ("finesight.settings.recipe_template", {"torch", "transformers", "starlette"}),
     ],
 )
 def test_import_loads_no_heavy_packages(module, heavy):

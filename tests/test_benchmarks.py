@@ -29,12 +29,12 @@ from real_weights import (
 from rich.console import Console
 
 import finesight
-from finesight.data.sample import ContentPart, read_samples
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole
-from finesight.recipe import recipe_from_dict
+from finesight.samples.sample import ContentPart, read_samples
+from finesight.settings.recipe import recipe_from_dict
 
 __all__ = ["cache", "huggingface"]
 

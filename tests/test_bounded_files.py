@@ -12,8 +12,8 @@ import pytest
 import yaml
 from case_files import load_cases
 
-from finesight import bounded_files as files
 from finesight.errors import UserError
+from finesight.files import bounded_files as files
 
 CASES = load_cases("bounded_files")
 

@@ -11,14 +11,14 @@ from synthetic_tasks.dataset_writer import write_task
 from synthetic_tasks.tasks import SyntheticTask
 
 from finesight.api import quickstart
-from finesight.config import EvalSettings
-from finesight.data.sample import LocatedSample, read_samples
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import predict
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.init import QuickstartSettings, write_recipe
-from finesight.recipe import load_recipe
+from finesight.samples.sample import LocatedSample, read_samples
+from finesight.settings.config import EvalSettings
+from finesight.settings.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 SEED = 7

@@ -29,7 +29,7 @@ COMPONENTS = {
     "trackers": "track/trackers/mlflow",
     "launchers": "launch/launchers/skypilot",
     "families": "families/qwen3_5_moe",
-    "formats": "data/formats/fiftyone",
+    "formats": "ingest/formats/fiftyone",
 }
 """Kind, and folder or module of a built-in component below src/finesight."""
 
@@ -47,21 +47,21 @@ RELATED_TESTS = (
     *("tests/cli/test_init.py", "tests/cli/test_first_guesses.py", "tests/cli/test_plugins.py"),
     *("tests/cli/test_launch.py", "tests/cli/test_launchers.py"),
     *("tests/encode", "tests/export", "tests/model/test_config.py", "tests/model/test_vlm.py"),
-    *("tests/data/formats", "tests/data/test_importer.py", "tests/cli/test_import.py"),
+    *("tests/ingest/formats", "tests/ingest/test_importer.py", "tests/cli/test_import.py"),
 )
 """Tests of the kinds, and of modules that list components."""
 
 TEXT_SUFFIXES = (".py", ".yaml", ".html", ".js", ".css", ".md")
 
 NAMED_ELSEWHERE = (
-    ("trainer_settings.yaml", "settings of other trainers"),
+    ("settings/trainer_settings.yaml", "settings of other trainers"),
     ("app/static/zh.yaml", "translations"),
     ("assets/finesight-tiny/README.md", "what the practice model was trained on"),
     ("app/static/chat.html", "the repetition penalty of sampling"),
     ("infer/token_sampler.py", "the repetition penalty of sampling"),
     ("convert/ms_swift.py", "random draws with repetition"),
-    ("pattern_matcher.py", "nested repetition of regular expressions"),
-    ("data/formats/row_keys.py", "a column of public datasets"),
+    ("files/pattern_matcher.py", "nested repetition of regular expressions"),
+    ("ingest/formats/row_keys.py", "a column of public datasets"),
 )
 """Files of the rest with the names of components, and what they mean there."""
 
@@ -84,7 +84,7 @@ USE_TRACKER_AND_REWARD = f"""
 from pathlib import Path
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
-from finesight.recipe import load_recipe
+from finesight.settings.recipe import load_recipe
 print(load_recipe(Path("recipe.yaml"), {{"track": [{TRACKER}]}}).track)
 with RewardScorer(load_recipe(Path("responses.yaml")).rewards) as scorer:
     print(scorer.score([EvalCase(4 * "on and ", (), ("on",), ())]))

@@ -10,8 +10,8 @@ from case_files import load_cases
 from safetensors.numpy import save_file
 
 from finesight.errors import UserError
+from finesight.files.hub_address import HubAddress
 from finesight.hub import repository
-from finesight.hub.address import HubAddress
 from finesight.model_folder import (
     PREPROCESSOR_DEFAULTS,
     TINY_MODEL,

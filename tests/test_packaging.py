@@ -17,8 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from finesight import __version__
+from finesight.files.storage import sha256_file
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, locate_model
-from finesight.storage import sha256_file
 
 ROOT = Path(__file__).parents[1]
 

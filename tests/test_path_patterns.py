@@ -11,10 +11,10 @@ from case_files import load_cases
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finesight import path_patterns
 from finesight.errors import UserError
-from finesight.path_patterns import SearchBudget, has_match, iter_matches
-from finesight.recipe import load_recipe
+from finesight.files import path_patterns
+from finesight.files.path_patterns import SearchBudget, has_match, iter_matches
+from finesight.settings.recipe import load_recipe
 
 FILES = ("a/b/x.tar", "a/.h/z.tar", "c/x.tar", "c/[k].tar", "x.tar", "c/d/e/f.jsonl")
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
-from finesight import pattern_matcher
 from finesight.errors import UserError
-from finesight.pattern_matcher import PatternMatcher
+from finesight.files import pattern_matcher
+from finesight.files.pattern_matcher import PatternMatcher
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tiny_model import create_tiny_model
 
 from finesight.errors import UserError
+from finesight.files.storage import DIGESTS_FILE
 from finesight.model.weights_io import load_model
 from finesight.model_folder import CONVERTED_FOLDER, PICKLE_INDEX_FILE, ModelFolder
-from finesight.storage import DIGESTS_FILE
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

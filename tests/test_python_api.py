@@ -22,20 +22,20 @@ from tiny_task import assert_same_run, read_final_files, read_losses
 import finesight
 from finesight import api
 from finesight.cli.app import run_command
-from finesight.data.memory_samples import (
-    ImageStore,
-    convert_samples,
-    locate_samples,
-    open_session_store,
-    write_sample_file,
-)
-from finesight.data.sample import BoxPart, ImagePart, VideoPart
 from finesight.errors import Step
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.python_functions import hash_functions, name_function, use_functions
 from finesight.model_folder import TINY_MODEL, resolve_model_path
 from finesight.operations import python_training
 from finesight.operations.python_training import translate_remedies, write_samples
+from finesight.samples.memory_samples import (
+    ImageStore,
+    convert_samples,
+    locate_samples,
+    open_session_store,
+    write_sample_file,
+)
+from finesight.samples.sample import BoxPart, ImagePart, VideoPart
 from finesight.train.run_dir import RunDir
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -556,7 +556,7 @@ def test_transparent_colors_are_pixels(tmp_path, mode, expected):
 
 SESSION_SCRIPT = """
 import os, threading
-from finesight.data.memory_samples import open_session_store
+from finesight.samples.memory_samples import open_session_store
 folders = []
 threads = [threading.Thread(target=lambda: folders.append(open_session_store().folder))
            for _ in range(8)]

@@ -17,13 +17,13 @@ from hub_fixtures import make_parquet
 from PIL import Image
 from test_bounded_files import LAUGHS
 
-from finesight import recipe as recipes
 from finesight.cli.app import run_command
-from finesight.config import ExactSize, LongestSide, Recipe, SettingsSection
-from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
 from finesight.objective_components import OBJECTIVES
-from finesight.recipe_template import choose_duration, override_settings
+from finesight.samples.sample import BoxPart, read_samples
+from finesight.settings import recipe as recipes
+from finesight.settings.config import ExactSize, LongestSide, Recipe, SettingsSection
+from finesight.settings.recipe_template import choose_duration, override_settings
 
 CASES = load_cases("recipe")
 REPLACEMENTS = load_cases("setting_replacements")

@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from image_fixtures import write_gray_image, write_jsonl
 from tiny_task import TinyTask, write_recipe
 
-from finesight import api, recipe_template
+from finesight import api
 from finesight.app.jobs import JobOutcome
 from finesight.cli.app import app, build_command, run_command
-from finesight.data.formats import FORMATS
 from finesight.doctor.diagnosis import load_catalog
 from finesight.errors import Remedy, Step, UserError
 from finesight.infer.model_loader import resolve_model_source
+from finesight.ingest.formats import FORMATS
 from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
@@ -30,7 +30,8 @@ from finesight.operations.operation import (
     format_step,
     list_parameters,
 )
-from finesight.recipe import list_setting_names
+from finesight.settings import recipe_template
+from finesight.settings.recipe import list_setting_names
 
 SOURCE = Path(__file__).parents[1] / "src" / "finesight"
 COMMAND = re.compile(rf"finesight (?:{'|'.join(n for g in OPERATIONS.values() for n in g)})\b")

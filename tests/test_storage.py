@@ -18,10 +18,10 @@ import pytest
 from crash_disk import run_in_crashing_child
 from safetensors.numpy import load_file, save_file
 
-from finesight import storage
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
-from finesight.storage import temporary_folder, working_folder
+from finesight.files import storage
+from finesight.files.storage import temporary_folder, working_folder
 
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
 
@@ -198,7 +198,7 @@ def test_errors_of_other_writers_are_explained(tmp_path: Path) -> None:
 import numpy, resource
 from pathlib import Path
 from safetensors.numpy import save_file
-from finesight import storage
+from finesight.files import storage
 from finesight.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 for kind in ("tensors", "bytes"):

@@ -16,11 +16,11 @@ from tiny_model import create_tiny_model
 from tiny_task import read_losses
 
 import finesight
-from finesight.data.memory_samples import open_session_store
 from finesight.infer.engine import Engine
-from finesight.manifest import load_manifest
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import training_client
+from finesight.samples.memory_samples import open_session_store
+from finesight.settings.manifest import load_manifest
 from finesight.train.cuda_graphs import CudaGraphRunner
 
 LORA: dict[str, Any] = {"language": "lora", "lora": {"rank": 4, "alpha": 8}}

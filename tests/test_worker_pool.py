@@ -14,10 +14,10 @@ import pool_jobs as jobs
 import pytest
 from attack_client import list_process_tree, list_running
 
-from finesight import worker_pool as area
 from finesight.errors import UserError
-from finesight.storage import FileLock
-from finesight.worker_pool import (
+from finesight.files import worker_pool as area
+from finesight.files.storage import FileLock
+from finesight.files.worker_pool import (
     WORKER_NICENESS,
     JobOutput,
     WorkerJobError,
@@ -158,7 +158,7 @@ def test_data_of_the_connection_do_not_end_a_job(pool):
 PARENT = """
 import sys, time
 import numpy as np, pool_jobs as jobs
-from finesight.worker_pool import WorkerPool
+from finesight.files.worker_pool import WorkerPool
 pool = WorkerPool(jobs.load, 7, num_idle=1, memory_bytes=64 << 20)
 pool.start()
 busy = pool.fork()
@@ -230,7 +230,7 @@ def test_failing_setup_is_reported_at_start():
 
 KILLED_BEFORE_WORKER_STARTS = """
 import multiprocessing, os, signal, time
-from finesight.worker_pool import exit_with_parent
+from finesight.files.worker_pool import exit_with_parent
 
 parent = os.getpid()
 

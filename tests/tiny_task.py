@@ -18,8 +18,8 @@ from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
 
-from finesight import storage
-from finesight.recipe import load_recipe
+from finesight.files import storage
+from finesight.settings.recipe import load_recipe
 from finesight.train import flops, setup, trainer
 from finesight.train.checkpoint import CheckpointState
 from finesight.train.finalize import RunResult

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from tiny_task import TinyTask, rewind_to_checkpoint
 
-from finesight.config import TrackerKind
+from finesight.settings.config import TrackerKind
 from finesight.tracker_components import TRACKERS
 
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}

@@ -13,7 +13,7 @@ from tiny_task import edit_samples, make_task, write_recipe
 from torch import Tensor
 
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
+from finesight.settings.recipe import load_recipe
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_state
 from finesight.train.state import StopRequest, TrainState

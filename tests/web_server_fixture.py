@@ -16,16 +16,16 @@ from browser import DESKTOP_WIDTH, Browser
 
 from finesight.app.chat_page import make_chat_app
 from finesight.app.server import Access, AccessMiddleware, PageServer
-from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample
 from finesight.errors import UserError
+from finesight.files.storage import temporary_folder
+from finesight.files.worker_pool import WorkerPool
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
-from finesight.manifest import Manifest
+from finesight.samples.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
+from finesight.samples.sample import BoxPart, ImagePart, LocatedSample, Sample
 from finesight.serve.http_protocol import bind_socket
-from finesight.storage import temporary_folder
+from finesight.settings.manifest import Manifest
 from finesight.vision.image_reader import create_image_pool
-from finesight.worker_pool import WorkerPool
 
 AnswerFunction = Callable[[str], tuple[str, tuple[BoxPart, ...]]]
 """Returns the answer to a question, and its boxes."""

@@ -42,19 +42,19 @@ from PIL import Image
 from rich.console import Console
 
 from finesight.encode.renderer import NativeRenderer
+from finesight.files.worker_pool import WorkerPool
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import TINY_MODEL
-from finesight.recipe import recipe_from_text
 from finesight.serve.api_schema import ServerLimits
 from finesight.serve.api_server import ApiServer, make_app
 from finesight.serve.http_protocol import bind_socket
 from finesight.serve.preprocessing_jobs import load_worker_state
+from finesight.settings.recipe import recipe_from_text
 from finesight.train.evaluation import run_evaluation
 from finesight.train.trainer import Trainer
 from finesight.train.training_run import train
-from finesight.worker_pool import WorkerPool
 
 COLORS = ("red", "green", "blue", "white")
 QUESTION = "Which color is it?"

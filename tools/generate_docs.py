@@ -16,10 +16,10 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from finesight.bounded_files import load_yaml
-from finesight.check.check_issues import ISSUE_TYPES
 from finesight.cli.app import app
-from finesight.data.formats import FORMATS
+from finesight.files.bounded_files import load_yaml
+from finesight.ingest.check.check_issues import ISSUE_TYPES
+from finesight.ingest.formats import FORMATS
 from finesight.ingest.mapping import write_schema
 from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import list_parameters

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from PIL import Image, ImageDraw
 
-from finesight.data.sample import (
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,

@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from finesight.api import UserError, load_model
-from finesight.data.sample import LocatedSample, Message, Sample
+from finesight.samples.sample import LocatedSample, Message, Sample
 
 MANIFEST = ModelManifest("finesight", chat_class_path="finesight_lmms_eval.FinesightModel")
 DEFAULT_MAX_NEW_TOKENS = 1024

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from finesight.evaluate.reward import Reward
 from finesight.reward_components import RewardComponent, RewardSettings
-from finesight.setting_types import CoercedFloat
+from finesight.settings.setting_types import CoercedFloat
 
 
 class Settings(RewardSettings):

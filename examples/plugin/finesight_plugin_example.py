@@ -1,10 +1,10 @@
 """A data format, a metric and a tracker for finesight: readings of meters."""
 
-from finesight.data.formats.dataset_format import DatasetFormat, RowImages, build_example
-from finesight.data.sample import Message, TextPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
+from finesight.ingest.formats.dataset_format import DatasetFormat, RowImages, build_example
 from finesight.metric_components import MetricComponent, Score
+from finesight.samples.sample import Message, TextPart
 from finesight.track.tracker import Tracker
 from finesight.tracker_components import TrackerComponent
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from finesight.components import SettingProblem
 from finesight.objective_components import Needs, ObjectiveComponent
-from finesight.setting_types import CoercedFloat, SettingsSection
+from finesight.settings.setting_types import CoercedFloat, SettingsSection
 
 
 class Settings(SettingsSection):

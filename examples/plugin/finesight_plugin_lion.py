@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finesight.optimizer_components import OptimizerComponent
-from finesight.setting_types import CoercedFloat, SettingsSection
+from finesight.settings.setting_types import CoercedFloat, SettingsSection
 
 Beta = Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)]
 

@@ -4,7 +4,7 @@ import torch
 from finesight_plugin_focal import Settings
 from finesight_plugin_focal_loss import FocalObjective
 
-from finesight.recipe import recipe_from_dict
+from finesight.settings.recipe import recipe_from_dict
 
 recipe = {"model": "m", "data": {"train": "a.jsonl"}, "output_dir": "run"}
 recipe = recipe_from_dict(recipe, ["train.objective=focal", "train.focal.gamma=1"])

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
-from finesight import storage
-from finesight.data.sample import write_samples
+from finesight.files import storage
+from finesight.samples.sample import write_samples
 from synthetic_tasks.synthetic_sample import SyntheticSample
 from synthetic_tasks.tasks import SyntheticTask, generate_mixture_sample, iter_samples_of_kind
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
+from finesight.samples.sample import BoxPart, ImagePart, Message, Sample, TextPart
 from synthetic_tasks.canvas import PixelBox
 
 ContentPart = str | BoxPart

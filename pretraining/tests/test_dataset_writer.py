@@ -7,9 +7,9 @@ from PIL import Image
 from synthetic_tasks.dataset_writer import write_mixture, write_task
 from synthetic_tasks.tasks import SyntheticTask, generate_mixture_sample, generate_sample
 
-from finesight.data.sample import BoxPart, ImagePart, TextPart, read_samples
 from finesight.errors import UserError
-from finesight.storage import verify_folder
+from finesight.files.storage import verify_folder
+from finesight.samples.sample import BoxPart, ImagePart, TextPart, read_samples
 
 
 def test_written_folder_contains_the_samples(tmp_path):

@@ -12,9 +12,9 @@ from synthetic_tasks import fonts
 from synthetic_tasks.tasks import EVAL_TASKS
 
 from finesight.errors import UserError
+from finesight.files.storage import verify_folder
 from finesight.infer.model_loader import load_inference_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import verify_folder
 
 BUILD_PROGRAM = Path(__file__).parents[1] / "build_tiny_model.py"
 

@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 from synthetic_tasks import receipts
 
-from finesight.data.sample import BoxPart
+from finesight.samples.sample import BoxPart
 
 
 @pytest.fixture(scope="module")

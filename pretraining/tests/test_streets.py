@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic_tasks import backgrounds, streets
 
-from finesight.data.sample import BoxPart
+from finesight.samples.sample import BoxPart
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from PIL import Image
 from synthetic_tasks.synthetic_sample import SyntheticSample, make_box_part
 from synthetic_tasks.tasks import SyntheticTask, generate_sample
 
-from finesight.data.sample import BoxPart, ImagePart, TextPart, validate_sample
+from finesight.samples.sample import BoxPart, ImagePart, TextPart, validate_sample
 
 
 def test_generated_answer_becomes_a_sample():

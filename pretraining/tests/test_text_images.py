@@ -7,7 +7,7 @@ import random
 import pytest
 from synthetic_tasks import backgrounds, text_images
 
-from finesight.data.sample import BoxPart
+from finesight.samples.sample import BoxPart
 
 TASKS = (
     text_images.generate_word,

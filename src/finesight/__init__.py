@@ -16,9 +16,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LOCATIONS = {
-    "Message": "finesight.data.memory_samples:Message",
+    "Message": "finesight.samples.memory_samples:Message",
     "Model": "finesight.operations.model:Model",
-    "Sample": "finesight.data.memory_samples:Sample",
+    "Sample": "finesight.samples.memory_samples:Sample",
     "StopTraining": "finesight.errors:StopTraining",
     "TrainingClient": "finesight.operations.training_client:TrainingClient",
     "TrainingInterrupted": "finesight.errors:TrainingInterrupted",

@@ -20,8 +20,8 @@ from finesight.operations.operation import StrPath, as_function, check_counts, t
 if TYPE_CHECKING:
     from PIL import Image
 
-    from finesight.data.sample import LocatedSample
     from finesight.infer.prediction import Prediction
+    from finesight.samples.sample import LocatedSample
 
 __all__ = [
     "IGNORE_INDEX", "Encoding", "Model", "TrainingInterrupted", "UserError", "build_question",
@@ -107,8 +107,8 @@ def read_samples(
     Raises:
         UserError: A sample is invalid. The error names file and line.
     """
-    from finesight.config import DataFileSettings
-    from finesight.data.corpus import load_corpus
+    from finesight.samples.corpus import load_corpus
+    from finesight.settings.config import DataFileSettings
 
     check_counts(limit=limit)
     sources = [DataFileSettings(path=to_name(file), limit=limit) for file in files]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from finesight.errors import UserError
 from finesight.plugins import PluginKind, Registry, list_modules
-from finesight.setting_types import SettingsSection
+from finesight.settings.setting_types import SettingsSection
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -15,8 +15,8 @@ from finesight.components import (
     SettingsT,
     find_no_problem,
 )
-from finesight.setting_types import WeightFormat, iter_paths
-from finesight.trainer_tables import load_trainer_tables
+from finesight.settings.setting_types import WeightFormat, iter_paths
+from finesight.settings.trainer_tables import load_trainer_tables
 
 DEFAULT_OBJECTIVE = "sft"
 """Objective of a recipe that names none."""

@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from pydantic.fields import FieldInfo
 
 from finesight.components import Component, ComponentRegistry, find_wrong_type
-from finesight.setting_types import CoercedFloat, SettingsSection
+from finesight.settings.setting_types import CoercedFloat, SettingsSection
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

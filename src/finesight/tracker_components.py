@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finesight.components import Component, ComponentRegistry
 from finesight.errors import UserError
-from finesight.setting_types import is_url
+from finesight.settings.setting_types import is_url
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -16,11 +16,11 @@ from finesight.app.chat_page import (
     render_answer,
     render_turns,
 )
-from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.prediction import Prediction
-from finesight.manifest import Manifest
+from finesight.samples.sample import BoxPart
+from finesight.settings.manifest import Manifest
 
 CASES = load_cases("chat_html")
 

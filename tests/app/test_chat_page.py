@@ -24,13 +24,13 @@ from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, 
 from finesight.app import chat_page
 from finesight.app.chat_page import make_chat_app
 from finesight.app.server import Access
-from finesight.data.image_file import read_image_size
-from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams
-from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL
+from finesight.samples.image_file import read_image_size
+from finesight.samples.sample import BoxPart, ImagePart, read_samples
 from finesight.serve.preprocessing_jobs import encode_in_worker
+from finesight.settings.manifest import Manifest
 from finesight.vision.image_reader import create_image_pool
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 9}

@@ -21,9 +21,9 @@ from finesight.app.import_preview import ROLE_LABELS
 from finesight.app.server import Access
 from finesight.app.studio_page import StudioPage, make_studio_app
 from finesight.cli.app import run_command
-from finesight.data.sample import join_text, read_samples
 from finesight.ingest.role_choices import CHOICES
 from finesight.report.i18n import get_translations, use_language
+from finesight.samples.sample import join_text, read_samples
 
 ROLES = {"file": "images", "size": "meta", "qa.*.q": "question", "qa.*.a": "answer"}
 

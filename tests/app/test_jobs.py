@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from studio_fixtures import read_live, write_job, write_outcome
 
-from finesight import storage
 from finesight.app import jobs as jobs_module
 from finesight.app.jobs import JOB_FILE, LOCK_FILE, OUTCOME_FILE, Job, JobStore
 from finesight.app.studio_page import Form
 from finesight.app.studio_view import Selection
 from finesight.errors import UserError
-from finesight.storage import FileSystem
+from finesight.files import storage
+from finesight.files.storage import FileSystem
 
 
 def wait_for(happened: Callable[[], bool], timeout_s: float = 90) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from finesight.app import line_counter
 from finesight.app.line_counter import LineCounter
-from finesight.bounded_files import SpecialFileError
+from finesight.files.bounded_files import SpecialFileError
 
 
 @pytest.fixture

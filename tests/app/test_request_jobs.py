@@ -32,11 +32,11 @@ from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_page import make_studio_app
 from finesight.app.studio_view import StudioView
+from finesight.files.worker_pool import WorkerPool
 from finesight.label.label_session import open_session
 from finesight.samples.frames import ImageSize
 from finesight.vision import image_reader
 from finesight.vision.image_reader import ImageReader, create_image_pool
-from finesight.worker_pool import WorkerPool
 
 TIMEOUT_S = 60.0
 """Guards a test. Jobs take hours."""

@@ -20,9 +20,9 @@ from web_server_fixture import ChatPageDriver
 from finesight.app.jobs import LOCK_FILE, Job, JobStore
 from finesight.app.studio_view import STEPS
 from finesight.cli.app import run_command
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import import_dataset
 from finesight.report.i18n import Language
 
 NUM_LABELS = 30

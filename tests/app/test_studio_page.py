@@ -44,20 +44,20 @@ from finesight.app.studio_view import (
 )
 from finesight.app.workspace import UPLOAD_MARKER, Workspace
 from finesight.cli.app import build_command, run_command
-from finesight.data.example_question import read_example
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
 from finesight.errors import Step, UserError
+from finesight.files.storage import write_file
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import import_dataset
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import evaluation, find_operation
 from finesight.operations.operation import Outcome, Parameter, as_function
 from finesight.operations.options import RunOrModelArgument
-from finesight.recipe import load_recipe
 from finesight.report.i18n import translate, use_language
 from finesight.report.run_reader import read_run
 from finesight.report.run_verdict import judge_run
+from finesight.samples.example_question import read_example
 from finesight.serve.request_middleware import read_api_keys
-from finesight.storage import write_file
+from finesight.settings.recipe import load_recipe
 
 CASES = load_cases("studio")
 OPTIONS = ImportOptions(prompt="Which color?")

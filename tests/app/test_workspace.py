@@ -17,14 +17,14 @@ from web_server_fixture import get_image_pool
 
 from finesight.app.studio_view import STEPS, Selection
 from finesight.app.workspace import UPLOAD_MARKER, Workspace, WorkspaceDataset, as_argument
-from finesight.config import PixelRange, TuneSettings
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.files.storage import write_file
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import import_dataset
 from finesight.label.label_session import open_session
-from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL
-from finesight.storage import write_file
+from finesight.settings.config import PixelRange, TuneSettings
+from finesight.settings.manifest import Manifest
 from finesight.train.run_dir import RunDir
 
 CASES = load_cases("workspace")
@@ -189,7 +189,7 @@ def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace):
 
 def test_names_in_a_table_that_no_file_can_have_are_left_to_the_import(workspace, monkeypatch):
     # Workers read tables, which may be bombs.
-    monkeypatch.setattr("finesight.data.row_reader.open_row_file", None)
+    monkeypatch.setattr("finesight.ingest.row_reader.open_row_file", None)
     table, image = workspace.folder.parent / "t.jsonl", workspace.folder / "photos/00.png"
     names = ("a\0/00.png", "a\ud800/00.png", "a" * 300 + "/00.png", "t.jsonl/00.png", "../00.png")
     for number, name in enumerate(names):

@@ -16,7 +16,7 @@ from hub_fixtures import (
     without_sockets,
 )
 
-from finesight.data.sample import read_samples
+from finesight.samples.sample import read_samples
 
 __all__ = ["cache", "certificate", "web_server", "without_sockets"]
 

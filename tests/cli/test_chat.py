@@ -13,10 +13,10 @@ from tiny_task import ANSWER, THOUGHT
 
 from finesight.cli.app import app
 from finesight.cli.chat import COMMAND_HELP
-from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
 from finesight.infer import engine
 from finesight.infer.engine import Engine
+from finesight.samples.sample import ImagePart, read_samples
 from finesight.vision.image_processing import load_image
 
 CASES = load_cases("chat")

@@ -10,11 +10,11 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
-from finesight.data.sample import read_samples, write_samples
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
 from finesight.infer.model_runner import ModelRunner
 from finesight.operations import evaluation
 from finesight.progress import ProgressConsole
+from finesight.samples.sample import read_samples, write_samples
 from finesight.train.run_dir import describe_changed_data
 
 

@@ -22,7 +22,7 @@ from finesight.objective_components import OBJECTIVES
 from finesight.operations import OPERATIONS, find_operation, first_guesses
 from finesight.operations.first_guesses import find_option
 from finesight.operations.operation import list_parameters
-from finesight.recipe import load_recipe, suggest_override
+from finesight.settings.recipe import load_recipe, suggest_override
 
 COMMANDS = [name for group in OPERATIONS.values() for name in group]
 METHODS = {

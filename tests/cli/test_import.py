@@ -8,8 +8,8 @@ import pytest
 from case_files import load_cases
 from image_fixtures import write_gray_image, write_jsonl
 
-from finesight.data.formats import FORMATS
-from finesight.data.sample import read_samples
+from finesight.ingest.formats import FORMATS
+from finesight.samples.sample import read_samples
 
 CASES = load_cases("import")
 ANSWERS = ("--map", "image=image", "--map", "answer=text", "--prompt", "Read.")

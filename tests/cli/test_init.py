@@ -19,14 +19,14 @@ from PIL import Image
 
 from finesight import api, model_folder
 from finesight.cli import app as app_module
-from finesight.config import TuneSettings
-from finesight.data import import_source
-from finesight.data.sample import read_samples
 from finesight.errors import UserError, suggest_similar_path
+from finesight.ingest import import_source
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
-from finesight.recipe_template import DetectedTask, StartModel, format_recipe
+from finesight.samples.sample import read_samples
+from finesight.settings.config import TuneSettings
+from finesight.settings.recipe_template import DetectedTask, StartModel, format_recipe
 
 CASES = load_cases("init")
 

@@ -16,10 +16,10 @@ from image_fixtures import make_sample
 from label_fixtures import draw_images
 
 from finesight.app import server
-from finesight.data.sample import TextPart, read_samples, write_samples
 from finesight.label.label_store import JOURNAL_FILE, LABELS_FILE, LabelStore
 from finesight.operations.training import find_label_step
-from finesight.recipe import load_recipe
+from finesight.samples.sample import TextPart, read_samples, write_samples
+from finesight.settings.recipe import load_recipe
 
 CASES = load_cases("label")
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from image_fixtures import write_gray_image
 
-from finesight.data.sample import read_samples
+from finesight.samples.sample import read_samples
 
 
 @pytest.fixture

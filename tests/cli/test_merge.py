@@ -10,12 +10,12 @@ from hf_reference import CPU
 from lora_fixtures import save_random_adapter
 from tiny_model import create_tiny_model
 
-from finesight.config import PixelRange, TuneSettings
+from finesight.files.storage import verify_folder
 from finesight.infer.model_loader import load_inference_model
-from finesight.manifest import Manifest
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import verify_folder
+from finesight.settings.config import PixelRange, TuneSettings
+from finesight.settings.manifest import Manifest
 
 TUNE = {"language": "lora", "lora": {"rank": 2}}
 WEIGHTS = "model.safetensors"

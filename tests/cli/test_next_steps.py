@@ -13,10 +13,10 @@ from image_fixtures import make_noise_image
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask, make_task, write_recipe
 
-from finesight.data.example_question import read_example, read_public_example
 from finesight.family_components import FAMILIES
 from finesight.operations.model import load_adapters
 from finesight.operations.training import train
+from finesight.samples.example_question import read_example, read_public_example
 from finesight.serve import api_server
 
 TUNES: dict[str, dict[str, Any]] = {

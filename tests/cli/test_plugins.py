@@ -23,17 +23,17 @@ from tiny_model import create_tiny_model
 
 import finesight
 from finesight.cli.app import run_command
-from finesight.config import TrainSettings, parse_reward
-from finesight.data.formats import get_format
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.evaluate.task_metrics import compute_metrics
-from finesight.manifest import load_manifest
+from finesight.ingest.formats import get_format
 from finesight.metric_components import METRICS
 from finesight.model_folder import ModelFolder
 from finesight.plugins import PluginRecord
-from finesight.recipe import load_recipe, recipe_from_dict
+from finesight.settings.config import TrainSettings, parse_reward
+from finesight.settings.manifest import load_manifest
+from finesight.settings.recipe import load_recipe, recipe_from_dict
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
@@ -240,7 +240,7 @@ iter_modules = pkgutil.iter_modules
 pkgutil.iter_modules = lambda *path: [one for one in iter_modules(*path) if one.name != "length"]
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
-from finesight.recipe import recipe_from_run
+from finesight.settings.recipe import recipe_from_run
 
 exact, length = recipe_from_run(RECIPE).rewards
 assert exact.model_dump() == RECIPE["rewards"][0] and length.model_dump() == RECIPE["rewards"][1]

@@ -11,12 +11,12 @@ from run_dir_fixtures import MANIFEST
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
-from finesight.data.sample import ImagePart, write_samples
 from finesight.infer import prediction
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_question, generate
-from finesight.manifest import MANIFEST_FILE
 from finesight.operations.evaluation import ANSWER_FILES
+from finesight.samples.sample import ImagePart, write_samples
+from finesight.settings.manifest import MANIFEST_FILE
 
 ASK = ("--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu")
 

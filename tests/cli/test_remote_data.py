@@ -23,7 +23,7 @@ from hub_fixtures import (
 )
 from tiny_model import create_tiny_model
 
-from finesight.data.sample import Sample, read_samples
+from finesight.samples.sample import Sample, read_samples
 
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]
 

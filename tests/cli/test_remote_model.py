@@ -16,10 +16,10 @@ from fake_hub_servers import FakeHubServer
 from hub_fixtures import cache, huggingface, modelscope, without_sockets
 from tiny_task import make_task, write_recipe
 
-from finesight.data.sample import read_samples
+from finesight.files.storage import sha256_file
 from finesight.model_folder import TINY_MODEL, locate_model
 from finesight.operations import init
-from finesight.storage import sha256_file
+from finesight.samples.sample import read_samples
 
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]
 
@@ -195,7 +195,7 @@ def test_adapter_needs_its_base_model(hub, monkeypatch, cli):
 @pytest.mark.usefixtures("table")
 def test_disk_without_space_for_the_weights_is_reported(hub, model, monkeypatch, cli):
     size = len(hub.repositories["models/Some/tiny"][WEIGHTS])
-    monkeypatch.setattr("finesight.storage.file_system.free_bytes", lambda path: size - 1)
+    monkeypatch.setattr("finesight.files.storage.file_system.free_bytes", lambda path: size - 1)
     for command in (("plan", "recipe.yaml"), TRAIN):
         error = cli(*command, code=2).err
         assert "are free on this disk" in error

@@ -12,7 +12,7 @@ import pytest
 from fake_hub_servers import FakeHubServer, HuggingFaceHandler, ModelScopeHandler, run_hub_server
 from hub_fixtures import get_text, make_image_cell, make_parquet
 
-from finesight.data.sample import read_samples
+from finesight.samples.sample import read_samples
 
 ROWS = make_parquet([{"image": make_image_cell(n), "text": f"number {n}"} for n in range(200)])
 COLUMNS = ("--map", "image=image", "--map", "answer=text", "--prompt", "Which?")

@@ -6,8 +6,8 @@ import pytest
 from image_fixtures import write_gray_image
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_prediction_line
 
-from finesight.data.sample import read_samples
 from finesight.evaluate.prediction_file import read_predictions
+from finesight.samples.sample import read_samples
 
 
 @pytest.fixture(autouse=True)

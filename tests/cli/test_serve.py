@@ -15,10 +15,10 @@ from openai import OpenAI
 
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
-from finesight.manifest import PromptTemplate
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 from finesight.serve import api_server
+from finesight.settings.manifest import PromptTemplate
 
 KEY = "a-key-of-this-test-0123456789"
 ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 9999}

@@ -18,8 +18,8 @@ from fake_hub_servers import TOKEN, ModelScopeHandler, run_hub_server
 from hub_fixtures import cache
 from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
-from finesight import storage
 from finesight.cli.app import run_command
+from finesight.files import storage
 from finesight.hub import repository
 from finesight.launch import trial_search
 from finesight.plan import run_plan, step_time

@@ -20,8 +20,8 @@ from PIL import Image
 from tiny_model import create_tiny_model
 from tiny_task import make_task
 
-from finesight import storage
 from finesight.cli.app import run_command
+from finesight.files import storage
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.plan import run_plan, step_time
 from finesight.train import setup

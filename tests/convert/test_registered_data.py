@@ -9,9 +9,9 @@ from case_files import load_cases
 from convert_fixtures import LLAMA_FACTORY_SETTINGS, convert_settings, notes_by_setting
 from image_fixtures import write_gray_image
 
-from finesight.data.sample import join_text, read_samples
 from finesight.errors import UserError
 from finesight.operations.dataset import import_data
+from finesight.samples.sample import join_text, read_samples
 
 CASES = load_cases("registered_data")
 

@@ -25,10 +25,10 @@ from docs_terminal import (
     write_tutorial_files,
 )
 
-from finesight.bounded_files import load_yaml
 from finesight.cli.app import app
+from finesight.files.bounded_files import load_yaml
 from finesight.ingest.mapping import parse_mapping
-from finesight.recipe import recipe_from_dict
+from finesight.settings.recipe import recipe_from_dict
 
 ENGLISH, CHINESE = list_pages("en"), list_pages("zh")
 RUNNABLE_PAGES = {"README.md": ROOT / "README.md", **ENGLISH}

@@ -27,13 +27,13 @@ from run_dir_fixtures import (
 )
 
 from finesight import doctor
-from finesight.config import TrainFileSettings
-from finesight.data.corpus import load_corpus
-from finesight.data.question_forms import read_prompt_format
 from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis, load_catalog
-from finesight.recipe import load_recipe
 from finesight.report.run_reader import read_run
+from finesight.samples.corpus import load_corpus
+from finesight.samples.question_forms import read_prompt_format
+from finesight.settings.config import TrainFileSettings
+from finesight.settings.recipe import load_recipe
 
 CASES = load_cases("run_check")
 

@@ -14,11 +14,11 @@ import pytest
 from doctor_fixtures import find_diagnosis, list_codes
 from tiny_task import TinyTask
 
-from finesight import storage
 from finesight.cli.app import run_command
 from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.files import storage
 from finesight.report.run_reader import read_run
 
 SHORT = ("train.epochs=null", "train.steps=16", "train.save_every=16", "train.pack_tokens=1000")

@@ -13,8 +13,8 @@ import transformers
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart, VideoPart
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import BoxPart, ImagePart, LocatedSample, TextPart, VideoPart
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 EMBEDDING_SYSTEM = "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"

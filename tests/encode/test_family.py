@@ -11,8 +11,6 @@ from box_fixtures import image_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finesight.data.boxes import split_at_boxes
-from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, ThinkingOptions
 from finesight.encode.renderer import load_family
 from finesight.errors import UserError
@@ -23,6 +21,8 @@ from finesight.families.qwen3_vl.renderer import Qwen3VL
 from finesight.family_components import FAMILIES
 from finesight.model import vlm
 from finesight.model_folder import ModelFolder
+from finesight.samples.boxes import split_at_boxes
+from finesight.samples.sample import BoxPart, create_region
 
 ONE, TWO = (20.0, 10.0, 60.0, 20.0), (0.0, 0.0, 200.0, 50.0)
 DOT = create_region((20.0, 10.0, 20.0, 10.0), "cat", is_point=True)

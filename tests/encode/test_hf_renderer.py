@@ -10,12 +10,12 @@ import hf_models
 import pytest
 from case_files import load_cases
 
-from finesight.config import ExactSize, PixelLimits
-from finesight.data.sample import LocatedSample, Sample
 from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import LocatedSample, Sample
+from finesight.settings.config import ExactSize, PixelLimits
 
 CASES = load_cases("hf_renderer")
 

@@ -13,8 +13,10 @@ from conversation_fixtures import (
     make_text_sample,
 )
 
-from finesight.config import ExactSize, LongestSide
-from finesight.data.sample import (
+from finesight.encode.renderer import DecodedCompletion, NativeRenderer
+from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
@@ -23,9 +25,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
 )
-from finesight.encode.renderer import DecodedCompletion, NativeRenderer
-from finesight.errors import UserError
-from finesight.model_folder import ModelFolder
+from finesight.settings.config import ExactSize, LongestSide
 from finesight.vision.image_processing import repeat_still_frames
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

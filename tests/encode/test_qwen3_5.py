@@ -19,7 +19,14 @@ from conversation_fixtures import (
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
-from finesight.data.sample import (
+from finesight.encode import renderer as renderer_area
+from finesight.encode.family import ThinkingOptions
+from finesight.encode.renderer import NativeRenderer
+from finesight.encode.tokenization import load_tokenizer
+from finesight.errors import UserError
+from finesight.families.qwen3_5.renderer import Qwen35
+from finesight.model_folder import ModelFolder
+from finesight.samples.sample import (
     ContentPart,
     ImagePart,
     LocatedSample,
@@ -29,13 +36,6 @@ from finesight.data.sample import (
     TextPart,
     ToolCallPart,
 )
-from finesight.encode import renderer as renderer_area
-from finesight.encode.family import ThinkingOptions
-from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import load_tokenizer
-from finesight.errors import UserError
-from finesight.families.qwen3_5.renderer import Qwen35
-from finesight.model_folder import ModelFolder
 
 CASES = load_cases("encode_qwen3_5")
 

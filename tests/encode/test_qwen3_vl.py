@@ -6,7 +6,11 @@ from conversation_fixtures import decode_supervised, make_folder, make_text_samp
 from image_fixtures import make_sample
 from PIL import Image
 
-from finesight.data.sample import (
+from finesight.encode.renderer import NativeRenderer, parse_reasoning, split_reasoning
+from finesight.evaluate.eval_case import get_reference_answer
+from finesight.families.qwen3_vl.renderer import Qwen3VL
+from finesight.model_folder import ModelFolder
+from finesight.samples.sample import (
     BoxPart,
     ImagePart,
     LocatedSample,
@@ -15,10 +19,6 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
 )
-from finesight.encode.renderer import NativeRenderer, parse_reasoning, split_reasoning
-from finesight.evaluate.eval_case import get_reference_answer
-from finesight.families.qwen3_vl.renderer import Qwen3VL
-from finesight.model_folder import ModelFolder
 
 CASES = load_cases("qwen3_vl")
 THINKING = "{{ '<|im_start|>assistant\n<think>\n' }}"

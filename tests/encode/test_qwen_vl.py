@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizer_strings import TextPiece, make_strings, random_text_without_specials
 
-from finesight.config import ExactSize, LongestSide
-from finesight.data.sample import (
+from finesight.encode.renderer import NativeRenderer
+from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
+from finesight.errors import UserError
+from finesight.families.qwen.renderer import from_folder
+from finesight.infer.prediction import build_question
+from finesight.model_folder import ModelFolder
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
@@ -28,12 +33,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
 )
-from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
-from finesight.errors import UserError
-from finesight.families.qwen.renderer import from_folder
-from finesight.infer.prediction import build_question
-from finesight.model_folder import ModelFolder
+from finesight.settings.config import ExactSize, LongestSide
 
 pytest.importorskip("tiktoken")
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets" / "Qwen-VL-Chat"

@@ -21,9 +21,6 @@ from image_fixtures import make_sample
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from video_fixtures import find_index, save_frames, write_video
 
-from finesight.config import ExactSize, LongestSide, PixelRange
-from finesight.data.sample import LocatedSample, VideoPart
-from finesight.data.video_file import iter_video_frames
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import iter_video_runs
 from finesight.errors import UserError
@@ -32,6 +29,9 @@ from finesight.families.qwen2_vl.renderer import Qwen2VL
 from finesight.families.qwen3_5.renderer import Qwen35
 from finesight.families.qwen3_vl.renderer import Qwen3VL
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import LocatedSample, VideoPart
+from finesight.samples.video_file import iter_video_frames
+from finesight.settings.config import ExactSize, LongestSide, PixelRange
 from finesight.vision.image_processing import (
     PatchConfig,
     compute_resized_size,

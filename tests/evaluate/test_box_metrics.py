@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
 from finesight.evaluate.box_metrics import compute_box_scores, match_boxes
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metrics.detection.score import score_detection
 from finesight.evaluate.metrics.grounding.score import score_grounding
+from finesight.samples.sample import BoxPart
 
 
 def box(label: str | None, *xyxy: float, image: int = 0) -> BoxPart:

@@ -23,9 +23,9 @@ from finesight.evaluate.custom_metric import (
 )
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
-from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
-from finesight.recipe import recipe_from_dict
-from finesight.storage import write_file
+from finesight.files.storage import write_file
+from finesight.settings.manifest import MANIFEST_FILE, RECIPE_FILE
+from finesight.settings.recipe import recipe_from_dict
 
 TABLES = load_cases("custom_metric")
 

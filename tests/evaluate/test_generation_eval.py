@@ -9,8 +9,6 @@ import torch
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 
-from finesight.config import EvalSettings
-from finesight.data.sample import BoxPart, LocatedSample, write_samples
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
@@ -21,6 +19,8 @@ from finesight.infer.prediction import predict
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import BoxPart, LocatedSample, write_samples
+from finesight.settings.config import EvalSettings
 
 CPU = torch.device("cpu")
 

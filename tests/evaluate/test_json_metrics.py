@@ -5,12 +5,12 @@ from itertools import count
 
 import pytest
 
-from finesight.data.boxes import iter_json_boxes
-from finesight.data.sample import BoxPart, ToolCallPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.json_metrics import MAX_LISTED_FIELDS, count_fields, parse_form, score_json
 from finesight.evaluate.metrics.tool_calls.score import score_tool_calls
+from finesight.samples.boxes import iter_json_boxes
+from finesight.samples.sample import BoxPart, ToolCallPart
 
 
 def make_case(answer: object, *truths: object) -> EvalCase:

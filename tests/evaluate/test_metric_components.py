@@ -22,7 +22,7 @@ WITHOUT_NUMPY = """
 import sys
 for name in ("torch", "numpy", "transformers", "PIL"):
     sys.modules[name] = None  # an import fails
-import finesight.config
+import finesight.settings.config
 assert not [name for name in sys.modules if name.startswith("finesight.evaluate")]
 from finesight.metric_components import METRICS, get_score
 assert all(METRICS[name].scores for name in METRICS)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase, mean_metrics
 from finesight.evaluate.metric_difference import (
@@ -19,6 +18,7 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.evaluate.prediction_file import format_prediction_line, read_predictions
 from finesight.infer.prediction import Prediction
+from finesight.samples.sample import BoxPart
 from finesight.train.finalize import format_differences
 
 

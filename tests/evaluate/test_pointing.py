@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import pytest
 from case_files import load_cases
 
-from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metrics.pointing.score import score_pointing
 from finesight.evaluate.task_metrics import check_references
+from finesight.samples.sample import BoxPart
 
 
 def make_parts(coordinates: Sequence[Sequence[float]]) -> tuple[BoxPart, ...]:

@@ -9,8 +9,8 @@ import pytest
 
 import finesight
 from finesight.errors import UserError
-from finesight.recipe import dump_recipe, list_setting_names, recipe_from_dict
 from finesight.reward_components import REWARDS
+from finesight.settings.recipe import dump_recipe, list_setting_names, recipe_from_dict
 
 SOURCE = Path(finesight.__file__).parent
 RECIPE = {
@@ -26,9 +26,9 @@ WITHOUT_TORCH = """
 import sys
 for name in ("torch", "numpy", "transformers", "PIL"):
     sys.modules[name] = None  # an import fails
-import finesight.config
+import finesight.settings.config
 assert not [name for name in sys.modules if name.startswith("finesight.evaluate")]
-from finesight.recipe import dump_recipe, recipe_from_dict
+from finesight.settings.recipe import dump_recipe, recipe_from_dict
 from finesight.reward_components import REWARDS
 
 recipe = recipe_from_dict(RECIPE)

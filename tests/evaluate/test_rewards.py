@@ -6,8 +6,6 @@ import os
 import pytest
 from case_files import load_cases
 
-from finesight.config import parse_reward
-from finesight.data.sample import create_region
 from finesight.errors import UserError
 from finesight.evaluate import reward_scorer, score_function
 from finesight.evaluate.eval_case import EvalCase
@@ -16,7 +14,9 @@ from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.rewards.format import score as format_score
 from finesight.evaluate.rewards.math import score as math_score
 from finesight.evaluate.score_function import RewardError
-from finesight.recipe import recipe_from_dict
+from finesight.samples.sample import create_region
+from finesight.settings.config import parse_reward
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
 
 CASES = load_cases("rewards")

@@ -2,11 +2,11 @@
 
 import pytest
 
-from finesight.data.sample import BoxPart, Message, Sample, TextPart, ToolCallPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.task_metrics import check_references, compute_metrics
 from finesight.metric_components import METRICS, get_score
+from finesight.samples.sample import BoxPart, Message, Sample, TextPart, ToolCallPart
 
 
 @pytest.mark.parametrize("metric", METRICS)

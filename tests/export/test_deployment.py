@@ -13,7 +13,6 @@ import pytest
 from lora_fixtures import save_random_adapter
 from safetensors import safe_open
 
-from finesight.config import ExactSize, PixelRange, TuneSettings
 from finesight.errors import UserError
 from finesight.export.deployment import (
     GgufFiles,
@@ -22,9 +21,10 @@ from finesight.export.deployment import (
     format_serving_commands,
 )
 from finesight.infer.model_loader import ModelSource
-from finesight.manifest import Manifest, PromptTemplate
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
+from finesight.settings.config import ExactSize, PixelRange, TuneSettings
+from finesight.settings.manifest import Manifest, PromptTemplate
 
 ASSETS = Path(__file__).parents[3] / "shared" / "qwen_assets"
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from tiny_model import create_tiny_model
 from tiny_task import make_task, write_recipe
 
-from finesight.data.corpus import load_corpus
 from finesight.encode.packing import pack
 from finesight.errors import UserError
 from finesight.export import quantized_export
@@ -24,12 +23,13 @@ from finesight.export.quantized_export import (
     select_group_size,
     to_hf_inputs,
 )
+from finesight.files.storage import verify_folder
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.model.lora.merge import dequantize_model
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
-from finesight.storage import verify_folder
+from finesight.samples.corpus import load_corpus
+from finesight.settings.recipe import load_recipe
 from finesight.train.training_run import train
 
 

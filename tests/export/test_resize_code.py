@@ -13,16 +13,16 @@ from lora_fixtures import save_random_adapter
 from PIL import Image
 from tiny_model import TinyFamily, create_tiny_model
 
-from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange, TuneSettings
-from finesight.data.image_file import CorruptImageError
 from finesight.export.deployment import GgufFiles, build_llama_server_command
 from finesight.export.model_card import collect_uploads
 from finesight.export.resize_code import format_resize_code
 from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import ModelSource, resolve_model_source
-from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
 from finesight.operations.deployment import export, merge
+from finesight.samples.image_file import CorruptImageError
+from finesight.settings.config import ExactSize, ImageRule, LongestSide, PixelRange, TuneSettings
+from finesight.settings.manifest import Manifest
 from finesight.vision.image_processing import (
     compute_resized_size,
     load_image,

@@ -19,8 +19,8 @@ from tiny_model import create_tiny_model
 
 from finesight.errors import UserError
 from finesight.export.hf_files import list_uploads
+from finesight.files.hub_address import parse_address
 from finesight.hub import modelscope
-from finesight.hub.address import parse_address
 from finesight.hub.repository import publish_model
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model_folder import locate_model

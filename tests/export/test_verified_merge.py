@@ -16,19 +16,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_model import TinyFamily, create_tiny_model
 
-from finesight.config import Precision, TuneSettings
 from finesight.errors import UserError
 from finesight.export import verified_merge
 from finesight.export.hf_files import find_missing_files
 from finesight.export.model_card import VerifiedMerge
 from finesight.export.verified_merge import merge_and_verify
 from finesight.family_components import FAMILIES
+from finesight.files.storage import verify_folder
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import build_question, predict
-from finesight.manifest import Manifest, load_manifest
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
-from finesight.storage import verify_folder
+from finesight.settings.config import Precision, TuneSettings
+from finesight.settings.manifest import Manifest, load_manifest
 
 CASES = load_cases("verified_merge")
 

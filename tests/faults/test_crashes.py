@@ -18,9 +18,9 @@ from PIL import Image
 from tiny_task import TinyTask, make_checkpoint_state
 
 from finesight.cli.app import run_command
-from finesight.data.sample import read_samples
 from finesight.evaluate.prediction_file import read_predictions
-from finesight.storage import DIGESTS_FILE, verify_folder
+from finesight.files.storage import DIGESTS_FILE, verify_folder
+from finesight.samples.sample import read_samples
 from finesight.train.checkpoint import CheckpointManager
 from finesight.train.run_dir import RunDir
 

@@ -13,8 +13,8 @@ import torch
 from nonfinite_step import before_steps
 from tiny_task import TinyTask, assert_same_run, make_checkpoint_state
 
-from finesight import storage
 from finesight.errors import UserError
+from finesight.files import storage
 from finesight.train.checkpoint import CheckpointManager
 
 

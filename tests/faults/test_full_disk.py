@@ -7,9 +7,9 @@ import pytest
 from crash_disk import FailingDisk
 from tiny_task import TinyTask, assert_same_run, write_recipe
 
-from finesight import storage
 from finesight.cli.app import run_command as command
-from finesight.storage import verify_folder
+from finesight.files import storage
+from finesight.files.storage import verify_folder
 
 
 class NearlyFullDisk(storage.FileSystem):

@@ -17,8 +17,8 @@ from crash_disk import CrashingDisk, PowerLossDisk
 from rich.console import Console
 from tiny_task import TinyTask, assert_same_run, write_recipe
 
-from finesight import storage
-from finesight.recipe import load_recipe
+from finesight.files import storage
+from finesight.settings.recipe import load_recipe
 from finesight.train.training_run import train
 
 SETTINGS = {"save_every": 1, "epochs": 4}

@@ -20,7 +20,7 @@ from nonfinite_step import SHORT_TIMEOUT, before_steps, train_with_short_timeout
 from tiny_task import TinyTask, assert_same_run, read_losses, write_recipe
 
 from finesight.cli.app import run_command
-from finesight.storage import verify_folder
+from finesight.files.storage import verify_folder
 from finesight.train.run_dir import RunDir
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from finesight.errors import UserError
-from finesight.hub.address import (
+from finesight.files.hub_address import (
     HubAddress,
     parse_address,
     parse_dataset_address,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from finesight.data.row_reader import is_webdataset, open_webdataset
 from finesight.errors import UserError
-from finesight.hub import archive
-from finesight.hub.archive import unpack_archive
+from finesight.files import archive
+from finesight.files.archive import unpack_archive
+from finesight.ingest.row_reader import is_webdataset, open_webdataset
 
 FILES = {"a/1.txt": b"one", "a/b/2.bin": bytes(100_000), "ü 3.txt": b"three"}
 SYSTEM_FILES = {"__MACOSX/a/._1.txt": b"x", "a/.DS_Store": b"x"}

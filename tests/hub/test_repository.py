@@ -23,7 +23,7 @@ from fake_hub_servers import (
 from huggingface_hub import constants
 
 from finesight.errors import UserError
-from finesight.hub.address import HubAddress, parse_address
+from finesight.files.hub_address import HubAddress, parse_address
 from finesight.hub.repository import HubRepository, download_folder, fetch_model, open_repository
 from finesight.model_folder import DOWNLOAD_PATTERNS, locate_model
 

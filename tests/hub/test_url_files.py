@@ -14,12 +14,12 @@ from fake_hub_servers import FakeHubServer
 from fsspec.implementations.memory import MemoryFileSystem
 from tiny_task import TinyTask
 
-from finesight.config import TrainFileSettings
-from finesight.data.corpus import load_corpus
 from finesight.errors import UserError
+from finesight.files.storage import verify_folder
 from finesight.hub import url_files
 from finesight.hub.url_files import fetch_objects, fetch_url
-from finesight.storage import verify_folder
+from finesight.samples.corpus import load_corpus
+from finesight.settings.config import TrainFileSettings
 
 CASES = load_cases("url_files")
 

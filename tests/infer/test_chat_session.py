@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from service_fixture import run_service, write_random_adapter, write_shape_image
 
-from finesight.data.sample import BoxPart, LocatedSample, TextPart, read_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession, build_answer_parts
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import Prediction, build_question, predict
 from finesight.infer.request import GenerationOptions, SamplingParams
+from finesight.samples.sample import BoxPart, LocatedSample, TextPart, read_samples
 from finesight.vision.image_processing import load_image
 
 SHORT = [GenerationOptions(max_new_tokens=60)]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from finesight.data.sample import LocatedSample
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import Prediction, predict
 from finesight.infer.request import GenerationOptions, SamplingParams
+from finesight.samples.sample import LocatedSample
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from engine_fixtures import make_mixed_questions, make_sample
 from tiny_model import create_tiny_model
 from tiny_task import train_run
 
-from finesight.data.sample import LocatedSample
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
@@ -32,6 +31,7 @@ from finesight.infer.request import CompletionDelta, GenerationOptions
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import LocatedSample
 
 TOKENS = 12
 OPTIONS = GenerationOptions(max_new_tokens=TOKENS)

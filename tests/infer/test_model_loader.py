@@ -9,17 +9,17 @@ from engine_fixtures import make_sample, write_noise_image
 from lora_fixtures import install_random_adapter
 from tiny_model import create_tiny_model
 
-from finesight.config import ExactSize, LoraSettings, TuneSettings
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
+from finesight.files.storage import write_folder
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import predict
-from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import write_folder
+from finesight.settings.config import ExactSize, LoraSettings, TuneSettings
+from finesight.settings.manifest import Manifest
 
 IMAGE_RULE = ExactSize(height=56, width=112)
 

@@ -11,8 +11,6 @@ from image_fixtures import write_gray_image
 from PIL import Image
 from tiny_model import create_tiny_model
 
-from finesight.data.image_file import CorruptImageError
-from finesight.data.sample import BoxPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer import engine as engine_module
 from finesight.infer.engine import GPU_BLOCK_SIZE
@@ -30,6 +28,8 @@ from finesight.infer.request import FinishReason, GenerationRequest
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.sample import BoxPart
 
 
 @pytest.fixture(scope="module")

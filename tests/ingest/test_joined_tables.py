@@ -19,12 +19,12 @@ from image_fixtures import write_gray_image
 from mapping_fixtures import build_context, mutate_record, summarize_example
 from mutations import mutated_bytes, mutated_value
 
-from finesight.data.formats.dataset_format import ImportContext
-from finesight.data.import_source import ImportOptions, ImportSource, open_source
-from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.ingest import joined_tables, json_stream
 from finesight.ingest.explanation import explain_row
+from finesight.ingest.formats.dataset_format import ImportContext
+from finesight.ingest.import_source import ImportOptions, ImportSource, open_source
+from finesight.ingest.importer import import_dataset
 from finesight.ingest.mapping import parse_mapping, write_schema
 from finesight.ingest.mapping_format import build_mapping_format
 from finesight.ingest.preview import preview_import

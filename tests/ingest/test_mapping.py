@@ -10,12 +10,12 @@ from case_files import load_cases
 from image_fixtures import write_gray_image
 from mapping_fixtures import build_context, read_record, summarize_example
 
-from finesight.data.row_reader import SourceRow
 from finesight.errors import UserError
 from finesight.ingest.field_path import join_location, parse_path
 from finesight.ingest.mapped_rows import parse_mapped_row
 from finesight.ingest.mapping import RecordMapping, load_mapping, parse_mapping, write_schema
 from finesight.ingest.mapping_format import list_columns
+from finesight.ingest.row_reader import SourceRow
 
 CASES = load_cases("mapping")
 PAIR = {"question": "c", "answer": "d"}

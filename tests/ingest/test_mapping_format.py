@@ -8,13 +8,13 @@ import pytest
 from image_fixtures import write_gray_image
 from mapping_fixtures import build_context, summarize_example
 
-from finesight.data.import_source import ImportOptions, open_source
-from finesight.data.importer import import_dataset
-from finesight.data.row_reader import RowReader, SourceRow
-from finesight.data.sample import read_samples
 from finesight.errors import UserError
+from finesight.ingest.import_source import ImportOptions, open_source
+from finesight.ingest.importer import import_dataset
 from finesight.ingest.mapping import parse_mapping
 from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
+from finesight.ingest.row_reader import RowReader, SourceRow
+from finesight.samples.sample import read_samples
 
 TABLE = """\
 image_id,class_name,reader,xmin,ymin,xmax,ymax,width

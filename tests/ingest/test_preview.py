@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from image_fixtures import write_gray_image
 
-from finesight.data.import_source import ImportOptions
-from finesight.data.sample import join_text
 from finesight.errors import UserError
+from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.mapping_format import load_mapping_format
 from finesight.ingest.preview import ImportPreview, preview_import
+from finesight.samples.sample import join_text
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from image_fixtures import write_gray_image
 
-from finesight.data.sample import join_text, read_samples
 from finesight.errors import UserError
 from finesight.ingest.role_choices import build_mapping, format_mapping
 from finesight.operations.dataset import import_data
+from finesight.samples.sample import join_text, read_samples
 
 
 def import_records(

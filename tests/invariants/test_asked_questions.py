@@ -21,8 +21,6 @@ from finesight import api
 from finesight.app.chat_page import make_chat_app
 from finesight.app.server import Access
 from finesight.cli.app import run_command
-from finesight.data.prompt_format import PromptFormat
-from finesight.data.sample import LocatedSample, Message, read_samples
 from finesight.infer import prediction
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
@@ -30,6 +28,8 @@ from finesight.infer.model_loader import load_multi_adapter_model
 from finesight.infer.request import GenerationOptions
 from finesight.label.label_session import open_session
 from finesight.operations.training import train
+from finesight.samples.prompt_format import PromptFormat
+from finesight.samples.sample import LocatedSample, Message, read_samples
 from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.media_sources import LabelStudioImages
 

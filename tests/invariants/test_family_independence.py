@@ -12,12 +12,12 @@ from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
 
-from finesight.config import Recipe
-from finesight.data.sample import BoxPart, LocatedSample, Sample, write_samples
 from finesight.encode.renderer import NativeRenderer
 from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
 from finesight.report.data_pages import render_sample_page
+from finesight.samples.sample import BoxPart, LocatedSample, Sample, write_samples
+from finesight.settings.config import Recipe
 from finesight.train.training_run import train
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from image_fixtures import write_gray_image
 
-from finesight.data.exporter import export_dataset
-from finesight.data.image_file import read_image_size
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
-from finesight.data.sample import (
+from finesight.errors import UserError
+from finesight.ingest.exporter import export_dataset
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import import_dataset
+from finesight.samples.image_file import read_image_size
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
@@ -21,7 +22,6 @@ from finesight.data.sample import (
     read_samples,
     validate_sample,
 )
-from finesight.errors import UserError
 
 SIZES = {"a.png": (40, 20), "b.png": (1000, 500), "c.png": (333, 777)}
 ORDINARY = ("What is it? ", "the door", "yes\n", "0.5, ")

@@ -27,7 +27,7 @@ from mutations import (
 from tiny_task import TinyTask
 
 from finesight.cli.app import run_command
-from finesight.recipe import dump_recipe, load_recipe
+from finesight.settings.recipe import dump_recipe, load_recipe
 
 CASES = int(os.environ.get("FINESIGHT_FUZZ_CASES", "2000"))
 SEED = int(os.environ.get("FINESIGHT_FUZZ_SEED", "0"))

@@ -12,13 +12,13 @@ from test_bounded_files import LAUGHS, MERGED
 from tiny_task import make_task
 
 from finesight.cli.app import run_command
-from finesight.config import DataSettings, PixelRange, TrainFileSettings
-from finesight.data.corpus import load_corpus
-from finesight.data.sample import read_samples, write_samples
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.recipe import dump_recipe, load_recipe
+from finesight.samples.corpus import load_corpus
+from finesight.samples.sample import read_samples, write_samples
+from finesight.settings.config import DataSettings, PixelRange, TrainFileSettings
+from finesight.settings.recipe import dump_recipe, load_recipe
 from finesight.train.dataset_stats import compute_dataset_stats
 
 LINES, RECIPES, COMMANDS = 1500, 600, 20

@@ -13,7 +13,6 @@ from conversation_fixtures import make_conversation, make_images
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import TinyFamily, create_tiny_model
 
-from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer import scheduler as scheduler_area
@@ -27,6 +26,7 @@ from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import LocatedSample
 
 STEPS = 9
 

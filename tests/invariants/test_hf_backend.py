@@ -13,10 +13,10 @@ from tiny_task import TinyTask, assert_same_run
 from finesight.cli.app import run_command as command
 from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import UserError
+from finesight.files.storage import remove_folder
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import predict
 from finesight.model_folder import ModelFolder
-from finesight.storage import remove_folder
 
 LORA = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 ALL = {"vision": "lora", "merger": "full", "language": "lora", "lora": LORA["lora"]}

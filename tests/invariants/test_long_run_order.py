@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.config import TrainSettings
-from finesight.data.corpus import Corpus
-from finesight.data.line_index import SampleIndex
-from finesight.data.sample import JsonlSamples
+from finesight.samples.corpus import Corpus
+from finesight.samples.line_index import SampleIndex
+from finesight.samples.sample import JsonlSamples
+from finesight.settings.config import TrainSettings
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.sampler import DistributedSampler, SampleOrder, TrainSampler
 

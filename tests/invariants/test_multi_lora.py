@@ -17,7 +17,6 @@ from engine_fixtures import (
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import TinyFamily
 
-from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import Engine
@@ -29,6 +28,7 @@ from finesight.model.lora.merge import merge_adapters
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.vlm import VisionLanguageModel
+from finesight.samples.sample import LocatedSample
 
 STEPS = 7
 ADAPTERS: dict[str, tuple[int, dict[str, Any]]] = {

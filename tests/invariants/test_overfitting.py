@@ -11,10 +11,10 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 
 from finesight.cli.app import app
-from finesight.config import EvalSettings, Recipe
-from finesight.data.sample import BoxPart, LocatedSample, TextPart, write_samples
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
+from finesight.samples.sample import BoxPart, LocatedSample, TextPart, write_samples
+from finesight.settings.config import EvalSettings, Recipe
 from finesight.train.finalize import RunResult
 from finesight.train.training_run import train
 

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from tiny_task import make_task, read_losses
 
-from finesight.config import Recipe
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import import_dataset
+from finesight.settings.config import Recipe
 from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 from finesight.train.finalize import RunResult
 from finesight.train.training_run import train

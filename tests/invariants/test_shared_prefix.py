@@ -11,8 +11,6 @@ from hf_reference import max_relative_error
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import TuneSettings
-from finesight.data.sample import LocatedSample, Message, TextPart
 from finesight.encode.batch import PackedBatch, pad_batch
 from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
@@ -23,6 +21,8 @@ from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import LocatedSample, Message, TextPart
+from finesight.settings.config import TuneSettings
 from finesight.train.objectives import dpo
 from finesight.train.objectives.dpo.loss import DpoObjective, compute_pair_losses
 from finesight.train.objectives.objective import fused_linear_cross_entropy

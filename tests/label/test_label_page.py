@@ -34,14 +34,14 @@ from label_fixtures import (
 from PIL import Image
 from starlette.testclient import TestClient
 
-from finesight.data.sample import BoxPart, create_region, read_samples, write_samples
+from finesight.files.storage import translate_os_errors
 from finesight.infer.model_loader import load_inference_model
 from finesight.label import label_store
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
 from finesight.label.suggestion import suggest_labels
 from finesight.model_folder import TINY_MODEL
-from finesight.storage import translate_os_errors
+from finesight.samples.sample import BoxPart, create_region, read_samples, write_samples
 from finesight.vision import image_reader
 
 CASES = load_cases("label_page")

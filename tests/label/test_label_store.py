@@ -17,10 +17,10 @@ from PIL import Image
 from PIL.Image import Transpose
 from video_fixtures import write_video
 
-from finesight import storage
-from finesight.data.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
+from finesight.files import storage
+from finesight.files.storage import FileSystem
 from finesight.label import label_session, label_store
 from finesight.label.label_session import (
     build_task,
@@ -30,7 +30,7 @@ from finesight.label.label_session import (
 )
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.operations.responses import pairs
-from finesight.storage import FileSystem
+from finesight.samples.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.vision import image_reader
 
 CASES = load_cases("label_store")

@@ -12,7 +12,6 @@ from case_files import load_cases
 from image_fixtures import make_sample
 from label_fixtures import draw_images
 
-from finesight.data.sample import BoxPart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.renderer_builder import build_renderer
 from finesight.families.qwen2_5_vl.renderer import Qwen25VL
@@ -30,6 +29,7 @@ from finesight.label.suggestion import (
     suggest_labels,
 )
 from finesight.model_folder import TINY_MODEL, locate_model
+from finesight.samples.sample import BoxPart, LocatedSample, Message, Sample, TextPart
 
 CASES = load_cases("suggestion")
 

@@ -24,11 +24,11 @@ from starlette.routing import Route
 from web_server_fixture import run_app
 
 from finesight.cli.app import run_command
-from finesight.data.sample import ImagePart, Message, Sample, TextPart, write_samples
 from finesight.errors import UserError
 from finesight.label import teacher as teacher_module
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.teacher import FRAMES, TEACHER_FILE, Teacher, TeacherSettings
+from finesight.samples.sample import ImagePart, Message, Sample, TextPart, write_samples
 
 KEY = "sk-secret"
 MODELS = [{"id": "owl"}, {"id": "fox"}]

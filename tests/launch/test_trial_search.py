@@ -18,13 +18,13 @@ import yaml
 from tiny_task import make_task, write_recipe
 
 from finesight import api
-from finesight.data.corpus import load_corpus
-from finesight.data.sample import read_samples
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.task_metrics import compute_metrics
 from finesight.launch import trial_search
-from finesight.recipe import load_recipe
+from finesight.samples.corpus import load_corpus
+from finesight.samples.sample import read_samples
+from finesight.settings.recipe import load_recipe
 
 NUM_SAMPLES = 60
 

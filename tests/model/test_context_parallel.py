@@ -11,7 +11,6 @@ from fake_dist import FakeProcessGroup
 from tiny_model import create_tiny_model
 from torch import Tensor
 
-from finesight.config import PixelRange
 from finesight.encode.batch import PackedBatch
 from finesight.encode.context_shard import ContextShard
 from finesight.encode.packing import pack
@@ -21,6 +20,7 @@ from finesight.model import attention
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import PixelRange
 from finesight.train.objectives.objective import fused_linear_cross_entropy
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]

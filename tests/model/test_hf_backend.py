@@ -8,7 +8,6 @@ import torch
 from case_files import load_cases
 from safetensors.torch import load_file, save_file
 
-from finesight.config import TuneSettings
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
 from finesight.encode.renderer_builder import build_renderer
@@ -17,6 +16,7 @@ from finesight.model.backend import load_auto_model
 from finesight.model.hf_backend import HfModel, load_hf_model
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import TuneSettings
 from finesight.train.objectives.objective import fused_linear_cross_entropy
 
 CASES = load_cases("model_hf_backend")

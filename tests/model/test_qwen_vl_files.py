@@ -7,7 +7,6 @@ from lora_fixtures import edit_adapter_config, tune_with_lora
 from safetensors.torch import load_file, save_file
 from tiny_model import create_tiny_model
 
-from finesight.config import TuneSettings
 from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, load_adapter, save_adapter
@@ -15,6 +14,7 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import TuneSettings
 
 pytest.importorskip("tiktoken")
 CPU = torch.device("cpu")

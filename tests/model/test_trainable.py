@@ -20,7 +20,6 @@ from lora_fixtures import get_tolerance, list_adapted_layers, randomize_paramete
 from random_model import init_random_model
 from torch import Tensor
 
-from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families import to_module_name
 from finesight.model.linear import hub_name, iter_adapters
@@ -28,6 +27,7 @@ from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import MODEL_PARTS, configure_tuning, get_part, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import hub_tensors
+from finesight.settings.config import TuneSettings
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 

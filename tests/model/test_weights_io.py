@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finesight.errors import UserError
+from finesight.files.storage import open_tensors, write_folder
 from finesight.model import weights_io
 from finesight.model.weights_io import (
     build_meta_model,
@@ -31,7 +32,6 @@ from finesight.model.weights_io import (
     stored_precision,
 )
 from finesight.model_folder import ModelFolder
-from finesight.storage import open_tensors, write_folder
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
 SAMPLES = [make_conversation(1, 3, ("image", (1, 10, 12)), 4), make_conversation(2, 9)]

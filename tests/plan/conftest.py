@@ -8,10 +8,10 @@ import pytest
 from plan_fixtures import edit_config
 from tiny_task import TinyTask
 
-from finesight.config import Recipe
 from finesight.model_folder import ModelFolder
 from finesight.plan import run_plan, run_planner
 from finesight.plan.settings_search import PlannedModel
+from finesight.settings.config import Recipe
 
 
 @pytest.fixture

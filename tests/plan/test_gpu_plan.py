@@ -31,7 +31,7 @@ from finesight.plan.step_time import (
     find_link,
 )
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
+from finesight.settings.recipe import load_recipe
 from finesight.train import setup
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.parallel.distributed import ProcessGroup

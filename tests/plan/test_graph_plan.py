@@ -11,7 +11,6 @@ from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
-from finesight.config import TrainSettings
 from finesight.encode.batch import PackedBatch
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder, locate_model
@@ -24,6 +23,7 @@ from finesight.plan.peak_memory import (
     plan_graph,
 )
 from finesight.plan.settings_search import PlannedSteps
+from finesight.settings.config import TrainSettings
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from case_files import load_cases
 
-from finesight.config import Recipe
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import PlannedPack
 from finesight.plan.peak_memory import compute_peak_memory
 from finesight.plan.settings_search import build_planned_model
 from finesight.plan.step_time import build_named_target, extend_to_gpus
+from finesight.settings.config import Recipe
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

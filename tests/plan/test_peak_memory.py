@@ -8,7 +8,6 @@ import torch
 from plan_fixtures import Tune, compute_loss, make_batch, make_model, make_tracer, measure_peak
 from tiny_task import make_task
 
-from finesight.config import TrainSettings
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model_folder import locate_model
@@ -21,6 +20,7 @@ from finesight.plan.peak_memory import (
     compute_peak_memory,
     compute_persistent_memory,
 )
+from finesight.settings.config import TrainSettings
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 
 TINY = locate_model("finesight-tiny")

@@ -13,14 +13,14 @@ from plan_fixtures import edit_config, make_plan
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
-from finesight.config import Device, Precision
 from finesight.errors import UserError
 from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
 from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit
 from finesight.plan.step_time import TargetDevice, build_local_target, build_named_target
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
+from finesight.settings.config import Device, Precision
+from finesight.settings.recipe import load_recipe
 from finesight.train.checkpoint import CheckpointManager
 from finesight.train.dataset_stats import load_training_data
 from finesight.train.parallel.distributed import ProcessGroup

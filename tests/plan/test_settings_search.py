@@ -4,7 +4,6 @@ from functools import lru_cache
 
 from plan_fixtures import plan_tiny_model
 
-from finesight.config import QuantizablePart
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
 from finesight.plan.settings_search import (
     MIN_EFFICIENT_PACK_TOKENS,
@@ -14,6 +13,7 @@ from finesight.plan.settings_search import (
     SettingsSearch,
 )
 from finesight.plan.step_time import build_named_target
+from finesight.settings.config import QuantizablePart
 from finesight.train.dataset_stats import SampleStats
 
 

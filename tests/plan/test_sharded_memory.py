@@ -12,8 +12,6 @@ from plan_fixtures import Tune, compute_loss, make_batch, make_model, make_plann
 from rank_memory import TINY, measure_rank
 from tiny_task import make_task
 
-from finesight import config
-from finesight.config import ParallelMode, TrainSettings
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
@@ -27,6 +25,8 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.settings_search import build_meta_model
 from finesight.plan.sharded_memory import RankLayout
+from finesight.settings import config
+from finesight.settings.config import ParallelMode, TrainSettings
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective

@@ -8,7 +8,6 @@ import re
 import pytest
 from case_files import load_cases
 
-from finesight.check.check_issues import count_half_octaves
 from finesight.report.charts import (
     HEIGHT,
     MARGIN_BOTTOM,
@@ -26,6 +25,7 @@ from finesight.report.charts import (
     parse_counts,
     smooth_points,
 )
+from finesight.report.histogram_counts import count_half_octaves
 
 CASES = load_cases("charts")
 

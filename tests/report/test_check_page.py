@@ -20,9 +20,14 @@ from check_fixtures import make_record, run_check, write_records
 from html_text import read_script_data, read_visible_text
 from image_fixtures import write_gray_image
 
-from finesight.check.check_issues import ISSUE_TYPES, CheckIssue, IssueImage
-from finesight.check.check_result import CheckResult, DatasetProfile, SamplePreview, SourceStats
-from finesight.report.data_pages import CHECKS, MAX_IMAGES_PER_ISSUE, render_check_page
+from finesight.ingest.check.check_issues import ISSUE_TYPES, CheckIssue, IssueImage
+from finesight.ingest.check.check_page import CHECKS, MAX_IMAGES_PER_ISSUE, render_check_page
+from finesight.ingest.check.check_result import (
+    CheckResult,
+    DatasetProfile,
+    SamplePreview,
+    SourceStats,
+)
 
 
 def make_result(findings: list[CheckIssue], **more: int) -> CheckResult:

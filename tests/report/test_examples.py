@@ -14,8 +14,6 @@ from case_files import load_cases
 from PIL import Image
 from run_dir_fixtures import JsonLine, make_prediction_line
 
-from finesight.config import MetricSpec
-from finesight.data.sample import BoxPart
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import compare_cases
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
@@ -33,6 +31,8 @@ from finesight.report.examples import (
     read_examples,
     read_incorrect_lines,
 )
+from finesight.samples.sample import BoxPart
+from finesight.settings.config import MetricSpec
 from finesight.vision.image_processing import load_image
 
 

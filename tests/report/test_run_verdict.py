@@ -23,7 +23,6 @@ from run_dir_fixtures import (
 )
 
 from finesight.cli.app import app
-from finesight.config import Recipe
 from finesight.doctor import run_check
 from finesight.errors import Step
 from finesight.evaluate.metric_difference import (
@@ -34,7 +33,6 @@ from finesight.evaluate.metric_difference import (
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
-from finesight.manifest import find_next_run_dir
 from finesight.metric_components import get_score
 from finesight.operations.training import list_next_steps
 from finesight.report import examples, metric_rows, run_verdict
@@ -44,6 +42,8 @@ from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import read_run
 from finesight.report.run_verdict import Proposal, RunVerdict, judge_run
 from finesight.report.summary import find_overfitting, list_lines_of_weights
+from finesight.settings.config import Recipe
+from finesight.settings.manifest import find_next_run_dir
 
 NONE = "no clear change"
 

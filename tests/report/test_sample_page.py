@@ -21,12 +21,12 @@ from html_text import read_script_data
 from image_fixtures import make_sample
 from PIL import Image, ImageDraw
 
-from finesight.config import ExactSize
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import iter_token_rows
 from finesight.model_folder import ModelFolder
 from finesight.report.data_pages import render_sample_page
+from finesight.samples.sample import BoxPart, ImagePart, LocatedSample, TextPart
+from finesight.settings.config import ExactSize
 
 ONE_FAMILY = pytest.mark.parametrize("renderer", ["qwen2_5_vl"], indirect=True)
 

@@ -7,7 +7,7 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
 
-from finesight.data.sample import ToolCallPart, parse_tool_call, sample_from_dict
+from finesight.samples.sample import ToolCallPart, parse_tool_call, sample_from_dict
 from finesight.serve.api_schema import (
     IGNORED_FIELDS,
     ApiError,

@@ -26,8 +26,6 @@ from lora_fixtures import TUNE_SETTINGS, randomize_parameters
 from openai import BadRequestError, NotFoundError
 from tiny_model import create_tiny_model
 
-from finesight.config import TuneSettings
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart, VideoPart
 from finesight.errors import UserError
 from finesight.export.deployment import REQUEST_PARAMETERS
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
@@ -37,6 +35,8 @@ from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import ImagePart, LocatedSample, Message, Sample, TextPart, VideoPart
+from finesight.settings.config import TuneSettings
 
 
 def make_object_schema(**properties: Any) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from api_server_fixtures import (
 from case_files import load_cases
 from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 
-from finesight.data.formats.label_studio import LabelControl
-from finesight.data.sample import BoxPart, create_region
 from finesight.errors import UserError
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction
+from finesight.ingest.formats.label_studio import LabelControl
+from finesight.samples.sample import BoxPart, create_region
 from finesight.serve.api_schema import ApiError, ServerLimits
 from finesight.serve.chat_completions import ChoiceBuilder
 from finesight.serve.label_studio_backend import LabelStudioOptions, build_results

@@ -10,7 +10,6 @@ import torch
 from hostile_requests import make_jpeg2000
 from service_fixture import write_shape_image
 
-from finesight.data.sample import LocatedSample
 from finesight.encode import renderer
 from finesight.encode.family import DEFAULT_THINKING
 from finesight.encode.renderer_builder import build_renderer
@@ -20,6 +19,7 @@ from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import GenerationOptions
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import LocatedSample
 from finesight.serve import preprocessing_jobs
 from finesight.serve.preprocessing_jobs import encode_in_worker
 from finesight.vision.image_reader import create_image_pool

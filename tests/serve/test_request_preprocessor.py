@@ -20,15 +20,15 @@ from conversation_fixtures import make_folder
 from pool_jobs import load_state_without_av
 from video_fixtures import write_audio, write_video
 
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart, VideoPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
+from finesight.files.worker_pool import WorkerPool
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import ImagePart, LocatedSample, Message, Sample, TextPart, VideoPart
 from finesight.serve.api_schema import ApiError, ServerLimits
 from finesight.serve.api_server import create_worker_pool
 from finesight.serve.media_sources import DEFAULT_IMAGE_FORMATS
 from finesight.serve.request_preprocessor import RequestPreprocessor
-from finesight.worker_pool import WorkerPool
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 LIMITS = ServerLimits(num_reader_threads=1, max_worker_memory_bytes=150 << 20)

@@ -10,7 +10,7 @@ from plugin_fixtures import install, write_package
 
 import finesight
 from finesight.errors import UserError
-from finesight.recipe import recipe_from_dict
+from finesight.settings.recipe import recipe_from_dict
 from finesight.track.tracker_manager import start_trackers
 from finesight.tracker_components import TRACKERS, require_trackers
 
@@ -22,7 +22,7 @@ import sys
 from finesight.tracker_components import TRACKERS
 for name in ("torch", "numpy", "PIL", *TRACKERS):
     sys.modules[name] = None  # an import fails
-from finesight.recipe import dump_recipe, recipe_from_dict
+from finesight.settings.recipe import dump_recipe, recipe_from_dict
 recipe = recipe_from_dict(RECIPE | {"track": [*TRACKERS]})
 assert [one.kind for one in recipe.track] == [*TRACKERS]
 assert recipe_from_dict(recipe.model_dump(mode="json")) == recipe
@@ -141,7 +141,7 @@ BROKEN = {
     "tracker = component(modes='cloud')": "modes is 'cloud', which has another type",
     "import dataclasses\ntracker = dataclasses.replace(COMPONENT, kind='metrics')": "'metrics'",
     "import dataclasses\ntracker = dataclasses.replace(COMPONENT, name='line')": "named 'line'",
-    "from finesight.config import TrainSettings\n"
+    "from finesight.settings.config import TrainSettings\n"
     "tracker = component(settings=TrainSettings)": "use track.config",
 }
 

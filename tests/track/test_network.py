@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 from PIL import Image
 
-from finesight.config import TrackerSettings
+from finesight.settings.config import TrackerSettings
 from finesight.track.tracker_manager import TrackerClient
 from finesight.track.tracker_records import (
     AlertRecord,

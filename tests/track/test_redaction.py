@@ -9,7 +9,7 @@ from case_files import load_cases
 from PIL import Image
 from tracking_fixtures import PLANTED_SECRETS, TrackedRun
 
-from finesight.config import TrackerSettings
+from finesight.settings.config import TrackerSettings
 from finesight.track.tracker_records import (
     REDACTED,
     AlertRecord,

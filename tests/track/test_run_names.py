@@ -11,9 +11,9 @@ import yaml
 from tiny_task import TinyTask
 from tracking_fixtures import flatten, read_wandb_records
 
-from finesight.config import MAX_RUN_DESCRIPTION_CHARS, MAX_RUN_NAME_CHARS
 from finesight.errors import UserError
-from finesight.recipe import recipe_from_dict
+from finesight.settings.config import MAX_RUN_DESCRIPTION_CHARS, MAX_RUN_NAME_CHARS
+from finesight.settings.recipe import recipe_from_dict
 from finesight.track.tracker_manager import start_trackers
 from finesight.tracker_components import TRACKERS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tracking_fixtures import install_broken_tracker
 
-from finesight.config import TrackerSettings
+from finesight.settings.config import TrackerSettings
 from finesight.track import tracker_manager
 from finesight.track.tracker_manager import TrackerClient, start_process
 from finesight.track.tracker_records import (

@@ -9,8 +9,8 @@ import pytest
 from tiny_task import TinyTask, read_final_files, read_losses
 from tracking_fixtures import install_broken_tracker, install_package
 
-from finesight.config import Recipe
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.settings.config import Recipe
 from finesight.track import tracker_manager
 from finesight.track.tracker_manager import load_run_id, start_trackers
 

@@ -9,8 +9,8 @@ import pytest
 from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 from tracking_fixtures import READERS, TrackedRun
 
-from finesight.config import TrackerKind, TrackerSettings
 from finesight.errors import UserError
+from finesight.settings.config import TrackerKind, TrackerSettings
 from finesight.track.tracker_records import AlertRecord, FinishRecord, StartRecord
 from finesight.tracker_components import TRACKERS, require_trackers
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finesight.config import TrackerSettings
 from finesight.errors import UserError
-from finesight.recipe import recipe_from_dict
+from finesight.settings.config import TrackerSettings
+from finesight.settings.recipe import recipe_from_dict
 from finesight.track.tracker_records import (
     AlertRecord,
     FinishRecord,

@@ -11,8 +11,8 @@ import torch
 from tiny_task import make_checkpoint_state as make_state
 from torch import Tensor
 
-from finesight import storage
 from finesight.errors import UserError
+from finesight.files import storage
 from finesight.train.checkpoint import (
     OPTIMIZER_FILE,
     STATE_FILE,

@@ -28,13 +28,13 @@ from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
-from finesight.config import TuneSettings
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import TuneSettings
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import MIN_STARVED_PACKS, CudaGraphRunner, GraphTimer
 from finesight.train.graph_buffers import GraphShape

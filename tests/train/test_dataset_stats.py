@@ -8,14 +8,14 @@ import pytest
 from tiny_task import TinyTask, edit_samples, make_task, read_final_files, read_losses
 from video_fixtures import write_video
 
-from finesight.config import DataSettings, PixelRange, TrainFileSettings
-from finesight.data.corpus import Corpus, draw_subset, load_corpus, open_sample_source
-from finesight.data.image_file import CorruptImageError
-from finesight.data.question_forms import MAX_PROMPT_CHARS
 from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.samples.corpus import Corpus, draw_subset, load_corpus, open_sample_source
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.question_forms import MAX_PROMPT_CHARS
+from finesight.settings.config import DataSettings, PixelRange, TrainFileSettings
 from finesight.train import dataset_stats
 from finesight.train.sample_scan import SCAN_CHUNK_SIZE
 

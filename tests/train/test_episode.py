@@ -16,8 +16,6 @@ from PIL import Image
 from tiny_model import create_tiny_model
 from tokenizers import Tokenizer
 
-from finesight.config import PixelLimits
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart, ToolCallPart
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
@@ -34,6 +32,15 @@ from finesight.infer.engine import Engine
 from finesight.infer.prediction import iter_completions
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import (
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    ToolCallPart,
+)
+from finesight.settings.config import PixelLimits
 from finesight.train.episode import EpisodeRunner, EpisodeStart, add_tools
 from finesight.train.rollout import join_sequences
 

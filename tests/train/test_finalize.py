@@ -14,8 +14,8 @@ from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES
 from finesight.evaluate.generation_eval import load_eval_inputs
 from finesight.evaluate.metric_difference import REASON_NO_PREDICTIONS, REASON_UNSAMPLED
 from finesight.export.model_card import collect_uploads
+from finesight.files.storage import sha256_file
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
-from finesight.storage import sha256_file
 from finesight.train.finalize import RunResult
 
 ALL_LORA = {"merger": "lora", "language": "lora", "lora": {"rank": 4, "dropout": 0.1}}

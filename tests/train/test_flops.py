@@ -14,10 +14,10 @@ from tiny_task import make_task
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from finesight.config import TuneSettings
 from finesight.encode.packing import pack
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import PlannedPack
+from finesight.settings.config import TuneSettings
 from finesight.train.flops import FlopCounter
 from finesight.train.objectives.objective import fused_linear_cross_entropy
 

@@ -25,7 +25,6 @@ from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor, nn
 
-from finesight.config import TuneSettings
 from finesight.encode.batch import PackedBatch, compute_context_lengths
 from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
@@ -35,6 +34,7 @@ from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import TuneSettings
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.graph_buffers import (

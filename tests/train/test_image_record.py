@@ -10,9 +10,9 @@ from container_fixtures import write_tar_shards
 from PIL import Image
 from tiny_task import TinyTask, read_final_files
 
-from finesight.data.corpus import open_sample_source
-from finesight.data.sample import Sample
 from finesight.errors import UserError
+from finesight.samples.corpus import open_sample_source
+from finesight.samples.sample import Sample
 from finesight.train.dataset_stats import EDGE_BYTES, read_image_state
 
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 
 from finesight import progress as console_module
-from finesight import storage
 from finesight.errors import TrainingInterrupted
 from finesight.evaluate.eval_result import EvalResult
+from finesight.files import storage
+from finesight.files.storage import FileSystem
 from finesight.progress import ProgressConsole
-from finesight.storage import FileSystem
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
 from finesight.train.run_dir import RunDir
 from finesight.train.run_report import RunReport

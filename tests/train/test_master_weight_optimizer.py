@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from finesight.components import NoSettings
-from finesight.config import TrainSettings
 from finesight.errors import UserError
 from finesight.host_memory import MIN_FORK_BLOCK_BYTES
 from finesight.model.kernels.param_tiles import BLOCK_SIZE
 from finesight.model.quant.nf4 import import_bitsandbytes
+from finesight.settings.config import TrainSettings
 from finesight.train import master_weight_optimizer
 from finesight.train.master_weight_optimizer import (
     LossScaler,

@@ -12,10 +12,10 @@ import torch
 from tiny_task import TinyTask, act_before_step, read_final_files, read_losses, write_recipe
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from finesight import storage
 from finesight.cli.app import run_command
 from finesight.encode.batch import PackedBatch
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.files import storage
 from finesight.infer.model_runner import ModelRunner
 from finesight.model.layers import GatedMlp
 from finesight.model.vlm import VisionLanguageModel

@@ -15,7 +15,6 @@ from lora_fixtures import (
 )
 from torch import nn
 
-from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.linear import LoraConfig, LoraLinear, iter_adapters
 from finesight.model.lora.merge import merge_adapters
@@ -24,6 +23,7 @@ from finesight.model.quant.int8 import Int8Matrix
 from finesight.model.quant.nf4 import Nf4Matrix
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
+from finesight.settings.config import TuneSettings
 from finesight.train.finalize import check_param_changes
 from finesight.train.param_audit import SAMPLE_SIZE, ParamAudit
 

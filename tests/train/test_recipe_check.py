@@ -15,17 +15,17 @@ from click.testing import CliRunner
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
-from finesight import recipe_template
 from finesight.cli.app import app, run_command
-from finesight.config import TuneSettings
 from finesight.errors import Step, UserError
-from finesight.manifest import load_manifest
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.operations.operation import list_words
-from finesight.recipe import load_recipe
+from finesight.settings import recipe_template
+from finesight.settings.config import TuneSettings
+from finesight.settings.manifest import load_manifest
+from finesight.settings.recipe import load_recipe
 from finesight.train import recipe_check
 from finesight.train.recipe_check import check_recipe, describe_start
 
@@ -152,7 +152,7 @@ def test_missing_packages_are_reported_for_this_machine_only(folder, monkeypatch
 
 def test_full_disk_is_reported_by_plan_and_training(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("finesight.storage.file_system.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("finesight.files.storage.file_system.free_bytes", lambda path: 1000)
     recipe = write_recipe(folder, {})
     for command in ("plan", "train"):
         error = find_error(command, recipe)

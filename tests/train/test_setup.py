@@ -10,15 +10,15 @@ from rich.console import Console
 from tiny_model import create_tiny_model
 from tiny_task import edit_samples, make_task, write_recipe
 
-from finesight.config import LongestSide, PixelRange
 from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate.eval_result import BestEval
 from finesight.infer.model_loader import load_inference_model
-from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL, locate_model
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe, recipe_from_dict
+from finesight.settings.config import LongestSide, PixelRange
+from finesight.settings.manifest import Manifest
+from finesight.settings.recipe import load_recipe, recipe_from_dict
 from finesight.train.oom import MemoryBudget, max_unsplit_packs, translate_oom_errors
 from finesight.train.recipe_check import check_recipe
 from finesight.train.run_dir import RunDir

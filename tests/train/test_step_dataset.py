@@ -10,11 +10,11 @@ import torch
 from tiny_task import make_task
 from torch import Tensor
 
-from finesight.config import DataSettings, PixelRange, TrainFileSettings
-from finesight.data.augmentation import Augmenter
-from finesight.data.corpus import load_corpus
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
+from finesight.samples.augmentation import Augmenter
+from finesight.samples.corpus import load_corpus
+from finesight.settings.config import DataSettings, PixelRange, TrainFileSettings
 from finesight.train.prefetch import DataWorkerError, catch_user_error
 from finesight.train.sampler import SequentialSampler
 from finesight.train.step_batch import StepBatch

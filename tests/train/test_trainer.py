@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_task import TinyTask, act_before_step, read_losses
 
-from finesight import storage
-from finesight.data.image_file import CorruptImageError
 from finesight.errors import UserError
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.score_function import ScoringError
+from finesight.files import storage
 from finesight.infer.model_loader import load_inference_model
-from finesight.recipe import load_recipe
+from finesight.samples.image_file import CorruptImageError
+from finesight.settings.recipe import load_recipe
 from finesight.train import evaluation, trainer
 from finesight.train.checkpoint import AsyncCheckpointer
 from finesight.train.finalize import RunResult

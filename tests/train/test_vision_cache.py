@@ -22,10 +22,10 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
-from finesight.data.image_file import CorruptImageError
-from finesight.data.line_index import UnreadableFileError
 from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.line_index import UnreadableFileError
 from finesight.train import vision_cache, vision_cache_builder, vision_cache_choice
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
 from finesight.train.state import StopRequest, TrainState

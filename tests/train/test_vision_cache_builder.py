@@ -32,13 +32,13 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
-from finesight.data.image_file import CorruptImageError
-from finesight.data.video_file import iter_video_frames
 from finesight.encode import renderer as renderer_module
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
 from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.video_file import iter_video_frames
 from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.state import TrainState
 from finesight.train.vision_cache import (

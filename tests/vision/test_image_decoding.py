@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as load_image_hf
 
-from finesight.data.image_file import CorruptImageError, read_image_size
+from finesight.samples.image_file import CorruptImageError, read_image_size
 from finesight.vision.image_processing import load_image
 
 

@@ -13,11 +13,11 @@ from hostile_requests import make_jpeg2000, make_progressive_jpeg, make_small_im
 from PIL import Image
 
 import finesight
-from finesight.data.image_file import CorruptImageError
+from finesight.files.worker_pool import JobOutput, Worker
+from finesight.samples.image_file import CorruptImageError
 from finesight.vision import image_reader
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import ImageReader, create_image_pool
-from finesight.worker_pool import JobOutput, Worker
 
 SERVER_PACKAGES = ("app", "label", "serve")
 WORKER_MODULES = {"serve/preprocessing_jobs.py", "app/import_preview.py"}

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from finesight.config import PixelRange
-from finesight.data.image_file import CorruptImageError
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.samples.image_file import CorruptImageError
+from finesight.settings.config import PixelRange
 from finesight.vision.image_processing import (
     PatchConfig,
     compute_resized_size,

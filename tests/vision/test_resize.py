@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from finesight.config import ExactSize, LongestSide, PixelLimits, PixelRange
-from finesight.data.image_file import CorruptImageError
 from finesight.errors import UserError
+from finesight.samples.image_file import CorruptImageError
+from finesight.settings.config import ExactSize, LongestSide, PixelLimits, PixelRange
 from finesight.vision.image_processing import (
     compute_resized_size,
     get_default_image_rule,

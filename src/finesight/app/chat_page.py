@@ -48,20 +48,20 @@ from finesight.app.pages import (
 )
 from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware
-from finesight.bounded_files import parse_json
-from finesight.data.image_file import get_file
-from finesight.data.sample import BoxPart, encode_json_line, is_video_path, sample_to_dict
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
 from finesight.evaluate.mathml import convert_formula, render_mathml
+from finesight.files.bounded_files import parse_json
+from finesight.files.worker_pool import WorkerPool
 from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.prediction import BOX_COLORS
 from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.metric_components import get_metric
 from finesight.report.i18n import translate
+from finesight.samples.image_file import get_file
+from finesight.samples.sample import BoxPart, encode_json_line, is_video_path, sample_to_dict
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
-from finesight.worker_pool import WorkerPool
 
 MAX_FILE_BYTES = 100 << 20
 """Maximum size of an uploaded image or video in bytes."""

@@ -17,17 +17,35 @@ from pydantic import BaseModel, Field
 
 from finesight.app.jobs import ErrorParts
 from finesight.app.pages import describe_error, render_page
-from finesight.data.formats.dataset_format import as_list
-from finesight.data.image_file import CorruptImageError, get_file, is_image_value
-from finesight.data.import_source import (
+from finesight.errors import (
+    Remedy,
+    UserError,
+    escape_unprintable,
+    format_count,
+    shorten,
+)
+from finesight.files.worker_pool import JobOutput
+from finesight.ingest.explanation import format_value
+from finesight.ingest.field_path import EACH, parse_path
+from finesight.ingest.formats.dataset_format import as_list
+from finesight.ingest.import_source import (
     ImportOptions,
     find_table,
     open_source,
     open_table_rows,
 )
-from finesight.data.role_proposal import UnassignedKeysError
-from finesight.data.row_reader import Record
-from finesight.data.sample import (
+from finesight.ingest.mapping_draft import list_examples
+from finesight.ingest.preview import MAX_KEYS, MAX_READ_ROWS, ImportPreview, preview_import
+from finesight.ingest.role_choices import CHOICES, add_folder, build_mapping, format_mapping
+from finesight.ingest.role_proposal import UnassignedKeysError
+from finesight.ingest.row_reader import Record
+from finesight.ingest.source_fetch import fetch_source
+from finesight.operations import find_operation
+from finesight.operations.dataset import build_import_options
+from finesight.operations.operation import list_parameters
+from finesight.report.html import build_inline_image
+from finesight.samples.image_file import CorruptImageError, get_file, is_image_value
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
@@ -37,26 +55,8 @@ from finesight.data.sample import (
     is_video_path,
     list_coordinates,
 )
-from finesight.data.source_fetch import fetch_source
-from finesight.data.video_file import iter_video_frames, read_visual_size
-from finesight.errors import (
-    Remedy,
-    UserError,
-    escape_unprintable,
-    format_count,
-    shorten,
-)
-from finesight.ingest.explanation import format_value
-from finesight.ingest.field_path import EACH, parse_path
-from finesight.ingest.mapping_draft import list_examples
-from finesight.ingest.preview import MAX_KEYS, MAX_READ_ROWS, ImportPreview, preview_import
-from finesight.ingest.role_choices import CHOICES, add_folder, build_mapping, format_mapping
-from finesight.operations import find_operation
-from finesight.operations.dataset import build_import_options
-from finesight.operations.operation import list_parameters
-from finesight.report.html import build_inline_image
+from finesight.samples.video_file import iter_video_frames, read_visual_size
 from finesight.vision.image_processing import load_image
-from finesight.worker_pool import JobOutput
 
 NUM_SAMPLES = 5
 MAX_SHOWN_IMAGES = 4

@@ -25,10 +25,10 @@ from typing import Annotated, Any, Literal
 import httpx2
 from pydantic import AwareDatetime, BaseModel, Field
 
-from finesight.bounded_files import read_json, read_json_object
 from finesight.errors import Remedy, Step, UserError
+from finesight.files.bounded_files import read_json, read_json_object
+from finesight.files.storage import PRIVATE_FILE_MODE, FileLock, make_private_folder, write_file
 from finesight.operations.operation import OUTCOME_VARIABLE
-from finesight.storage import PRIVATE_FILE_MODE, FileLock, make_private_folder, write_file
 
 JOBS_FOLDER = Path(".finesight", "jobs")
 """Folder of all jobs in a workspace."""

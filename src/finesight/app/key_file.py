@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from finesight.errors import UserError
-from finesight.storage import (
+from finesight.files.storage import (
     PRIVATE_FILE_MODE,
     FileLock,
     make_private_folder,

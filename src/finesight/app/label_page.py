@@ -24,17 +24,17 @@ from starlette.routing import Route
 from finesight.app.pages import create_app, find_studio, parse_body, render_page
 from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware
-from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
-from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_file import CorruptImageError
-from finesight.data.sample import BoxPart, TextPart, create_region
 from finesight.errors import UserError, describe_indices
+from finesight.files.worker_pool import WorkerPool
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
 from finesight.label.label_store import AnswerContent, LabelEvent, LabelItem, get_text
+from finesight.samples.boxes import BoxConvention, InvalidBoxError, clip_to_image
+from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
 from finesight.samples.frames import ImageSize
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.sample import BoxPart, TextPart, create_region
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
-from finesight.worker_pool import WorkerPool
 
 MAX_LISTED_ITEMS, MAX_LISTED_CHARS = 100, 200
 """Maximum number of items and of characters per answer in one part of the list."""

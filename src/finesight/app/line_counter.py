@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from finesight.bounded_files import open_regular_file
+from finesight.files.bounded_files import open_regular_file
 
 MAX_COUNTED_BYTES = 256 << 20
 """Maximum number of bytes that one page reads to count lines, of one file and of all files."""

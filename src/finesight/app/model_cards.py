@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from finesight.model_folder import TINY_MODEL
-from finesight.recipe_template import choose_batch_size, choose_duration
+from finesight.settings.recipe_template import choose_batch_size, choose_duration
 
 QUERY_GPUS = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 QUERY_TIMEOUT_S = 10.0

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from finesight.bounded_files import translate_os_errors
 from finesight.credentials import is_readable_by_others, read_secret_file
 from finesight.errors import UserError
+from finesight.files.bounded_files import translate_os_errors
 from finesight.operations.operation import Parameter
 from finesight.progress import ProgressConsole
 

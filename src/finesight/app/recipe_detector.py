@@ -8,13 +8,13 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import (
+from finesight.errors import UserError
+from finesight.files.bounded_files import (
     ComposedYaml,
     SpecialFileError,
     open_regular_file,
     read_text,
 )
-from finesight.errors import UserError
 
 MAX_RECIPE_BYTES = 100_000
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from anyio import CapacityLimiter, create_task_group, to_thread
 from starlette.requests import ClientDisconnect, Request
 
-from finesight.worker_pool import CURRENT_CANCELLATION, JobCancellation
+from finesight.files.worker_pool import CURRENT_CANCELLATION, JobCancellation
 
 T = TypeVar("T")
 

@@ -42,6 +42,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from finesight.app.pages import PREFIX_HEADER, UPLOADS_PATH, read_language, render_page
 from finesight.app.request_jobs import run_until_disconnect
 from finesight.credentials import Credentials
+from finesight.files.worker_pool import WorkerPool
 from finesight.report.i18n import translate, use_language
 from finesight.serve.http_protocol import (
     SIGNED_IN_KEY,
@@ -51,7 +52,6 @@ from finesight.serve.http_protocol import (
     fit_connections,
     is_loopback,
 )
-from finesight.worker_pool import WorkerPool
 
 SIGN_IN_PATH, SIGN_OUT_PATH, STATIC_PREFIX = "/sign-in", "/sign-out", "/static/"
 

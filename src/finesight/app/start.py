@@ -34,9 +34,9 @@ from finesight.operations.options import LoadingOptions, PortOption, RunOrModelA
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.data.example_question import ExampleQuestion
-    from finesight.data.prompt_format import PromptFormat
     from finesight.infer.model_loader import InferenceModel
+    from finesight.samples.example_question import ExampleQuestion
+    from finesight.samples.prompt_format import PromptFormat
 
 
 AdapterOption = Annotated[
@@ -100,17 +100,17 @@ def serve(
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
     require_extra("serve", "serve", SERVER_PACKAGES)
-    from finesight.data.example_question import read_example
-    from finesight.data.prompt_format import PromptFormat
     from finesight.encode.renderer import require_native
     from finesight.infer.model_loader import resolve_model_source
-    from finesight.manifest import find_run_dir
+    from finesight.samples.example_question import read_example
+    from finesight.samples.prompt_format import PromptFormat
     from finesight.serve.api_schema import ServerLimits
     from finesight.serve.api_server import run_api_server
     from finesight.serve.http_protocol import bind_socket
     from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
     from finesight.serve.media_sources import LabelStudioImages, read_formats
     from finesight.serve.request_middleware import check_exposure, read_api_keys
+    from finesight.settings.manifest import find_run_dir
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         names = "--label-studio-files, --label-studio-url, --label-studio-prompt"
@@ -222,7 +222,7 @@ def _print_address(
 
 def _get_image_type(path: str) -> str:
     """Return the media type of an image for an example request; empty for others."""
-    from finesight.data.image_file import get_file
+    from finesight.samples.image_file import get_file
     from finesight.serve.media_sources import DEFAULT_IMAGE_FORMATS
 
     media_type = mimetypes.guess_type(path)[0] or "image/jpeg"
@@ -269,11 +269,11 @@ def web(
 
     from finesight.app.chat_page import make_chat_app
     from finesight.app.server import serve_app
+    from finesight.files.storage import temporary_folder
     from finesight.infer.inference_service import InferenceService
     from finesight.label.label_session import has_single_questions
     from finesight.serve.http_protocol import bind_socket
     from finesight.serve.preprocessing_jobs import encode_in_worker
-    from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
     with bind_socket(host, port, socket_file) as listener:
@@ -329,8 +329,8 @@ def studio(
     password = resolve_password(host, password_file, no_auth, proxies, open_loopback=False)
 
     from finesight.app.server import serve_app
+    from finesight.files.storage import temporary_folder
     from finesight.serve.http_protocol import bind_socket
-    from finesight.storage import temporary_folder
 
     with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
         from finesight.app.pages import UploadStore

@@ -41,7 +41,7 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
+    from finesight.settings.config import Recipe
 
 
 def label(
@@ -111,7 +111,7 @@ def label(
     """
     from finesight.label.label_session import open_session
     from finesight.label.suggestion import rank_labels, suggest_labels
-    from finesight.manifest import find_run_dir
+    from finesight.settings.manifest import find_run_dir
 
     console = ProgressConsole()
     if on_record is not None and not suggest_only:
@@ -220,8 +220,8 @@ def label(
 def _select_label_folder(run_dir: Path, reviewed: Sequence[Path], console: ProgressConsole) -> Path:
     """Return the folder of a review, of the labels in the recipe of the run, or `labels`."""
     from finesight.label.label_store import REVIEWED_FILE, can_review, find_label_folder
-    from finesight.manifest import RECIPE_FILE
-    from finesight.recipe import load_recipe
+    from finesight.settings.manifest import RECIPE_FILE
+    from finesight.settings.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
     if reviewed:
@@ -251,8 +251,8 @@ def _find_next_step(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> Step:
     """
     from finesight.label.label_session import is_imported
     from finesight.label.label_store import LABELS_FILE, REVIEWED_FILE, read_sources
-    from finesight.manifest import RECIPE_FILE
-    from finesight.recipe import load_recipe
+    from finesight.settings.manifest import RECIPE_FILE
+    from finesight.settings.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
     labels, recipe = out / LABELS_FILE, run_dir / RECIPE_FILE
@@ -288,8 +288,8 @@ def _replace_reviewed_files(recipe: Recipe, out: Path, reviewed: Sequence[Path])
     New labels are added to the training data. Empty if no split of the recipe has all reviewed
     files.
     """
-    from finesight.config import DataFileSettings
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
+    from finesight.settings.config import DataFileSettings
 
     labels, paths = out / LABELS_FILE, {*map(os.path.abspath, reviewed)}
     has_eval_labels = bool(reviewed) and (out / EVAL_FILE).exists()

@@ -53,16 +53,16 @@ from finesight.app.studio_view import (
     name_actions,
 )
 from finesight.app.workspace import as_argument
-from finesight.data.image_file import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
+from finesight.files.storage import temporary_folder, translate_os_errors
+from finesight.files.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.evaluation import ANSWER_FILES
 from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language
+from finesight.samples.image_file import IMAGE_SUFFIXES
 from finesight.serve.http_protocol import bind_socket
-from finesight.storage import temporary_folder, translate_os_errors
-from finesight.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
 

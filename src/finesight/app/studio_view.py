@@ -28,11 +28,11 @@ from finesight.app.workspace import (
     WorkspaceDataset,
     as_argument,
 )
-from finesight.bounded_files import read_text
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
+from finesight.files.bounded_files import read_text
+from finesight.files.worker_pool import WorkerLostError
 from finesight.launch.launcher_component import LAUNCHERS
-from finesight.manifest import ADAPTER_FOLDER, GUARD_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from finesight.metric_components import METRICS
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import list_reward_objectives
@@ -50,7 +50,13 @@ from finesight.report.summary import (
     get_model_name,
     get_run_status,
 )
-from finesight.worker_pool import WorkerLostError
+from finesight.settings.manifest import (
+    ADAPTER_FOLDER,
+    GUARD_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESULT_FILE,
+)
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}

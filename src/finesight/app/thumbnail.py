@@ -6,9 +6,9 @@ from pathlib import Path
 
 from finesight.app.import_preview import SHOWN_SIDE, ThumbnailMaker, iter_visuals
 from finesight.app.line_counter import MAX_COUNTED_BYTES
-from finesight.data.corpus import open_sample_source
 from finesight.errors import UserError
-from finesight.worker_pool import JobOutput
+from finesight.files.worker_pool import JobOutput
+from finesight.samples.corpus import open_sample_source
 
 MAX_READ_SAMPLES = 5
 """Number of samples among which the first image is searched."""

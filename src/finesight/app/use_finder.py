@@ -12,11 +12,11 @@ import yaml
 
 from finesight.app.line_counter import CHUNK_BYTES
 from finesight.app.recipe_detector import YamlBudget, read_recipe_text
-from finesight.bounded_files import open_regular_file
 from finesight.errors import UserError
+from finesight.files.bounded_files import open_regular_file
+from finesight.files.path_patterns import SearchBudget, iter_matches
+from finesight.files.storage import FileLock
 from finesight.label.label_store import JOURNAL_FILE, REVIEWED_FILE, read_sources
-from finesight.path_patterns import SearchBudget, iter_matches
-from finesight.storage import FileLock
 
 MAX_SEARCHED_BYTES = 4 << 30
 """Maximum size of all data files that one search reads."""

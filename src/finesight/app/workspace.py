@@ -21,34 +21,16 @@ from typing import Any
 from finesight.app.line_counter import MAX_COUNTED_BYTES, LineCount, LineCounter
 from finesight.app.recipe_detector import RecipeDetector, read_recipe_text
 from finesight.app.use_finder import UseFinder
-from finesight.bounded_files import (
+from finesight.errors import Remedy, UserError, suggest_similar_path
+from finesight.files.archive import is_archive, safe_join
+from finesight.files.bounded_files import (
     SpecialFileError,
     is_utf8,
     open_regular_file,
     read_edge_lines,
 )
-from finesight.config import Recipe
-from finesight.data.sample import (
-    Sample,
-    build_no_samples_error,
-    parse_sample,
-    validate_sample,
-)
-from finesight.errors import Remedy, UserError, suggest_similar_path
-from finesight.hub.archive import is_archive, safe_join
-from finesight.label.label_store import (
-    EVAL_FILE,
-    LABELS_FILE,
-    REVIEWED_FILE,
-    get_text,
-    read_sources,
-)
-from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, find_weights
-from finesight.model_folder import TINY_MODEL
-from finesight.path_patterns import SearchBudget, iter_matches
-from finesight.recipe import load_recipe, recipe_from_text
-from finesight.setting_types import is_url, iter_paths
-from finesight.storage import (
+from finesight.files.path_patterns import SearchBudget, iter_matches
+from finesight.files.storage import (
     FileLock,
     make_folder,
     remove_leftovers,
@@ -56,9 +38,27 @@ from finesight.storage import (
     working_folder,
     write_file,
 )
+from finesight.files.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
+from finesight.label.label_store import (
+    EVAL_FILE,
+    LABELS_FILE,
+    REVIEWED_FILE,
+    get_text,
+    read_sources,
+)
+from finesight.model_folder import TINY_MODEL
+from finesight.samples.sample import (
+    Sample,
+    build_no_samples_error,
+    parse_sample,
+    validate_sample,
+)
+from finesight.settings.config import Recipe
+from finesight.settings.manifest import MANIFEST_FILE, RECIPE_FILE, find_weights
+from finesight.settings.recipe import load_recipe, recipe_from_text
+from finesight.settings.setting_types import is_url, iter_paths
 from finesight.tracker_components import TRACKERS
 from finesight.vision.image_reader import create_image_pool
-from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 STUDIO_FOLDER = ".finesight"
 TRASH_FOLDER = f"{STUDIO_FOLDER}/trash"
@@ -543,7 +543,7 @@ class Workspace:
         Args:
             settings: `eval.metric`, and the settings of `format_recipe`.
         """
-        from finesight.recipe_template import (
+        from finesight.settings.recipe_template import (
             StartModel,
             describe_run,
             detect_task,
@@ -619,14 +619,14 @@ class Workspace:
 
     def change_recipe(self, path: Path, overrides: Sequence[str]) -> None:
         """Change settings of a recipe."""
-        from finesight.recipe_template import override_settings
+        from finesight.settings.recipe_template import override_settings
 
         text, digest = self.read_recipe(path)
         self.save_recipe(path, override_settings(text, overrides), digest)
 
     def copy_recipe(self, path: Path, overrides: Sequence[str]) -> Path:
         """Write the recipe of a further run, unless it exists, with the name of the run."""
-        from finesight.recipe_template import override_settings
+        from finesight.settings.recipe_template import override_settings
 
         text = override_settings(self.read_recipe(path)[0], overrides)
         copy = Path("recipes", f"{recipe_from_text(text, path).output_dir.name}.yaml")
@@ -703,7 +703,7 @@ def restore_folders(state: Any, folder: Path, table: str) -> JobOutput:
 
     The import reports names that are no files of the folder.
     """
-    from finesight.data.row_reader import open_row_file
+    from finesight.ingest.row_reader import open_row_file
 
     paths: dict[str, set[Path]] = {}
     files = {file.name: file for file in folder.rglob("[!.]*") if file.is_file()}
@@ -737,8 +737,8 @@ def as_argument(path: Path) -> str:
 
 def _read_preview(file: Path) -> list[Sample]:
     """Return valid samples of a data file, of all its parts unless it is large."""
-    from finesight.data.corpus import open_sample_source
-    from finesight.data.import_source import NUM_PREVIEW_ROWS
+    from finesight.ingest.import_source import NUM_PREVIEW_ROWS
+    from finesight.samples.corpus import open_sample_source
 
     samples = []
     if file.stat().st_size > MAX_COUNTED_BYTES:

@@ -162,7 +162,7 @@ def _reject_option(command: str, word: str, following: str, known: Collection[st
     option, _, value = word.partition("=")
     if not option.startswith("--") or option in known:
         return
-    from finesight.recipe import suggest_override
+    from finesight.settings.recipe import suggest_override
 
     value = value or following
     if value.startswith("--"):  # the next option: this one is a flag
@@ -284,7 +284,7 @@ def is_interactive() -> bool:
 
 def _print_json(data: object) -> None:
     """Print data as one line of JSON, without NaN and with escaped non-UTF-8 bytes."""
-    from finesight.data.sample import to_json_data
+    from finesight.samples.sample import to_json_data
 
     click.echo(escape_surrogates(json.dumps(to_json_data(data), ensure_ascii=False)))
 

@@ -154,8 +154,8 @@ class ChatTerminal:
         return True
 
     def _add_images(self, argument: str) -> None:
-        from finesight.data.image_file import list_pages
-        from finesight.data.video_file import read_visual_size
+        from finesight.samples.image_file import list_pages
+        from finesight.samples.video_file import read_visual_size
 
         for path in chain.from_iterable(map(list_pages, _parse_paths(argument))):
             height, width = read_visual_size(path)

@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter
 
-from finesight.bounded_files import read_json_object
 from finesight.errors import UserError, shorten
 from finesight.family_components import FAMILIES, TrainerModels
+from finesight.files.bounded_files import read_json_object
 from finesight.objective_components import OBJECTIVES
-from finesight.recipe import invert_groups, load_trainer_settings
+from finesight.settings.recipe import invert_groups, load_trainer_settings
 
 SourceProgram = Literal[
     "ms-swift",

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import yaml
 
-from finesight.bounded_files import load_yaml
-from finesight.config import ParallelMode
 from finesight.convert.external_config import is_empty
 from finesight.convert.source_file import CONFIG_SUFFIXES, find_file, load_settings_file
 from finesight.errors import UserError
+from finesight.files.bounded_files import load_yaml
+from finesight.settings.config import ParallelMode
 
 _ZERO_MODES: tuple[ParallelMode, ...] = ("ddp", "zero2", "zero2", "fsdp")
 """Modes by stage of DeepSpeed ZeRO."""

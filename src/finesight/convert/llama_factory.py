@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from finesight.bounded_files import read_json_object
 from finesight.convert.external_config import PARTS, FamilySettings
 from finesight.convert.registered_data import Reading, describe_reading
 from finesight.convert.source_file import iter_folders
 from finesight.convert.trainer_converter import DatasetSource, TrainerConverter
 from finesight.errors import UserError
+from finesight.files.bounded_files import read_json_object
 
 _FREEZE_KEYS = {
     "vision": "freeze_vision_tower",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from finesight.bounded_files import read_text
 from finesight.convert.external_config import PARTS, FamilySettings
 from finesight.convert.trainer_converter import DatasetSource, TrainerConverter
+from finesight.files.bounded_files import read_text
 
 _FREEZE_KEYS = {"vision": "freeze_vit", "merger": "freeze_aligner", "language": "freeze_llm"}
 _RATE_KEYS = {"vision": "vit_lr", "merger": "aligner_lr"}

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finesight.bounded_files import parse_json
 from finesight.convert.external_config import (
     ConversionNote,
     ExternalConfig,
@@ -24,7 +23,8 @@ from finesight.convert.python_values import read_items
 from finesight.convert.script_code import ScriptCode, read_script_code
 from finesight.convert.source_file import build_source_error, check_code_length
 from finesight.errors import Remedy, Step, UserError
-from finesight.recipe import load_trainer_settings
+from finesight.files.bounded_files import parse_json
+from finesight.settings.recipe import load_trainer_settings
 
 _PADDING_COLLATORS = (
     "DataCollatorForSeq2Seq",

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import load_yaml
 from finesight.convert.config_loader import load_external_config
 from finesight.convert.external_config import (
     CONVERTED_VARIABLES,
@@ -30,8 +29,9 @@ from finesight.convert.ms_swift import MsSwiftConverter
 from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.convert.trl import TrlConverter
 from finesight.errors import UserError, escape_unprintable, shorten
-from finesight.recipe import recipe_from_dict
-from finesight.storage import check_new_path, write_new_file
+from finesight.files.bounded_files import load_yaml
+from finesight.files.storage import check_new_path, write_new_file
+from finesight.settings.recipe import recipe_from_dict
 
 _NOTED_KEYS = ("", "dataset_name", "reward_funcs", "teacher_model", "bf16", "fp16")
 """Settings whose converters use or report expressions of a script."""

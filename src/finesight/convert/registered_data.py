@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finesight.data.formats.conversation_rows import ROLES
-from finesight.data.formats.row_keys import has_value
-from finesight.data.import_source import NUM_PREVIEW_ROWS
-from finesight.data.row_reader import Record, read_first_records
 from finesight.errors import UserError
 from finesight.ingest.field_path import format_key
+from finesight.ingest.formats.conversation_rows import ROLES
+from finesight.ingest.formats.row_keys import has_value
+from finesight.ingest.import_source import NUM_PREVIEW_ROWS
 from finesight.ingest.mapping import MAPPING_VERSION
+from finesight.ingest.row_reader import Record, read_first_records
 
 _COLUMNS = {
     "prompt": "instruction",

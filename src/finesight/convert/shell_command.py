@@ -32,7 +32,7 @@ from finesight.convert.source_file import (
     read_source,
 )
 from finesight.errors import Remedy, Step, UserError
-from finesight.recipe import invert_groups, load_trainer_settings
+from finesight.settings.recipe import invert_groups, load_trainer_settings
 
 _PROGRAMS: dict[str, SourceProgram] = {
     **{"swift": "ms-swift", "megatron": "ms-swift", "trl": "TRL"},

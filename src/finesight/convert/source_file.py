@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import load_yaml, parse_json, read_text
 from finesight.errors import Remedy, UserError, suggest_similar_path
+from finesight.files.bounded_files import load_yaml, parse_json, read_text
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 

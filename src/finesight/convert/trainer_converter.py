@@ -32,21 +32,21 @@ from finesight.convert.launcher_config import (
     read_fsdp_sharding,
 )
 from finesight.convert.registered_data import Reading
-from finesight.data.import_source import (
+from finesight.errors import UserError, escape_unprintable, format_count
+from finesight.files.storage import temporary_folder
+from finesight.ingest.import_source import (
     NUM_PREVIEW_ROWS,
     ImportOptions,
     open_unvalidated,
 )
-from finesight.data.sample import Sample
-from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.ingest.mapping import parse_mapping
 from finesight.ingest.mapping_format import build_mapping_format
 from finesight.metric_components import METRICS
 from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveComponent
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
-from finesight.recipe import invert_groups, load_trainer_settings
-from finesight.recipe_template import detect_task
-from finesight.storage import temporary_folder
+from finesight.samples.sample import Sample
+from finesight.settings.recipe import invert_groups, load_trainer_settings
+from finesight.settings.recipe_template import detect_task
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finesight.convert.external_config import PARTS, FamilySettings
 from finesight.convert.trainer_converter import DatasetSource, TrainerConverter
-from finesight.recipe import load_trainer_settings
+from finesight.settings.recipe import load_trainer_settings
 
 _QUANTIZED_MIRROR = re.compile(r"unsloth/(Qwen.+?)(?:-unsloth)?-bnb-4bit")
 _FILE_BUILDERS = ("json", "csv", "parquet", "imagefolder", "webdataset")

@@ -1,1 +1,1 @@
-"""Dataset files: importers, exporters and readers of training and evaluation samples."""
+"""Aliases of modules with the names that plug-ins of version 0.1.0 import."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from finesight.doctor import machine_check, model_check, package_check, run_check
 from finesight.doctor.diagnosis import Diagnosis, DiagnosisSections
 from finesight.errors import Step, UserError, suggest_similar_path
-from finesight.manifest import MANIFEST_FILE
 from finesight.model_folder import resolve_model_path
 from finesight.report.run_reader import read_run
+from finesight.settings.manifest import MANIFEST_FILE
 
 
 def diagnose_machine(environment: Mapping[str, str]) -> DiagnosisSections:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from finesight.bounded_files import read_json, read_json_object
 from finesight.doctor.diagnosis import (
     Diagnosis,
     join_command,
@@ -17,8 +16,9 @@ from finesight.doctor.diagnosis import (
 from finesight.doctor.package_check import PACKAGE_NAME, InstalledPackages, install_command
 from finesight.errors import Step, UserError
 from finesight.family_components import FAMILIES
+from finesight.files.bounded_files import read_json, read_json_object
+from finesight.files.storage import DIGESTS_FILE, verify_folder
 from finesight.model_folder import ModelFolder
-from finesight.storage import DIGESTS_FILE, verify_folder
 
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"
 """First bytes of a Git LFS pointer, a small text file instead of the weights."""

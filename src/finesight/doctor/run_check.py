@@ -15,36 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from finesight import manifest
-from finesight.check.box_hypothesis import (
+from finesight.doctor.diagnosis import Diagnosis, describe_error, join_command, make_diagnosis
+from finesight.errors import Step, UserError, format_count, shorten
+from finesight.evaluate.score_format import format_score
+from finesight.evaluate.verdict import Verdict
+from finesight.files.storage import verify_folder
+from finesight.ingest.check.box_hypothesis import (
     DEFAULT_CONVENTION,
     BoxClaim,
     BoxClaimTable,
     normalize_boxes,
     pairwise_overlap,
 )
-from finesight.config import (
-    DataFileSettings,
-    ExactSize,
-    LongestSide,
-)
-from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_file import read_image_size
-from finesight.data.marked_prompt import write_marked_prompt
-from finesight.data.prompt_format import DEFAULT_TEMPLATE, PromptFormat
-from finesight.data.question_forms import (
-    draw_samples,
-    find_question,
-    get_system_prompt,
-    read_prompt_format,
-)
-from finesight.data.sample import BoxPart
-from finesight.doctor.diagnosis import Diagnosis, describe_error, join_command, make_diagnosis
-from finesight.errors import Step, UserError, format_count, shorten
-from finesight.evaluate.score_format import format_score
-from finesight.evaluate.verdict import Verdict
 from finesight.model_folder import ModelFolder, resolve_model_path
-from finesight.recipe import load_recipe
 from finesight.report import summary
 from finesight.report.run_reader import (
     JsonObject,
@@ -53,9 +36,26 @@ from finesight.report.run_reader import (
     read_json_lines,
 )
 from finesight.report.run_verdict import judge_run
+from finesight.samples.corpus import Corpus, load_corpus
 from finesight.samples.frames import UNIT_FRAMES, BoxFrame
-from finesight.setting_types import is_url
-from finesight.storage import verify_folder
+from finesight.samples.image_file import read_image_size
+from finesight.samples.marked_prompt import write_marked_prompt
+from finesight.samples.prompt_format import DEFAULT_TEMPLATE, PromptFormat
+from finesight.samples.question_forms import (
+    draw_samples,
+    find_question,
+    get_system_prompt,
+    read_prompt_format,
+)
+from finesight.samples.sample import BoxPart
+from finesight.settings import manifest
+from finesight.settings.config import (
+    DataFileSettings,
+    ExactSize,
+    LongestSide,
+)
+from finesight.settings.recipe import load_recipe
+from finesight.settings.setting_types import is_url
 
 MAX_NONFINITE_STEPS = 5
 """Number of consecutive steps with a non-finite loss after which a run stops."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import Renderer
 from finesight.errors import UserError, format_count
+from finesight.samples.sample import LocatedSample
 
 MAX_CUT_SHARE = 0.05
 """Share of answers beyond a limit, or without an end token, up to which there is no warning."""

@@ -18,14 +18,16 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import (
+from finesight.errors import UserError
+from finesight.samples.boxes import (
     BOX_KEY,
     POINT_KEY,
     find_coordinates,
     iter_json_boxes,
     iter_json_values,
 )
-from finesight.data.sample import (
+from finesight.samples.frames import Box, ImageSize, rescale, round_to_size
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     Message,
@@ -33,8 +35,6 @@ from finesight.data.sample import (
     ToolCallPart,
     create_region,
 )
-from finesight.errors import UserError
-from finesight.samples.frames import Box, ImageSize, rescale, round_to_size
 
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""

@@ -20,9 +20,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from finesight.config import ImageRule, ImageSettings, PixelLimits, PixelRange
-from finesight.data.image_file import MAX_IMAGE_PIXELS
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, LocatedSample, Message, TextPart
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import (
@@ -37,6 +34,16 @@ from finesight.encode.tokenization import (
 from finesight.errors import UserError
 from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
+from finesight.samples.image_file import MAX_IMAGE_PIXELS
+from finesight.samples.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    TextPart,
+)
+from finesight.settings.config import ImageRule, ImageSettings, PixelLimits, PixelRange
 from finesight.vision.image_processing import compute_resized_size, load_image
 
 FROM_PRETRAINED_OPTIONS = {"local_files_only": True, "trust_remote_code": False}

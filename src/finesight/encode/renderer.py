@@ -26,22 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finesight.config import ImageRule, ImageSettings
-from finesight.data.augmentation import AugmentedSample, ImageVariant
-from finesight.data.boxes import is_inside_image
-from finesight.data.image_file import read_image_size
-from finesight.data.sample import (
-    BoxPart,
-    ContentPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-    VideoPart,
-    list_media_paths,
-)
-from finesight.data.video_file import iter_video_frames, read_video_header
 from finesight.encode.family import (
     THINK_END,
     THINK_START,
@@ -66,7 +50,23 @@ from finesight.errors import Remedy, UserError, describe_indices
 from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
 from finesight.objective_components import SampleKind, describe_samples, suggest_objectives
+from finesight.samples.augmentation import AugmentedSample, ImageVariant
+from finesight.samples.boxes import is_inside_image
 from finesight.samples.frames import ImageSize
+from finesight.samples.image_file import read_image_size
+from finesight.samples.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+    list_media_paths,
+)
+from finesight.samples.video_file import iter_video_frames, read_video_header
+from finesight.settings.config import ImageRule, ImageSettings
 from finesight.vision.image_processing import (
     compute_video_size,
     concat_patches,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from finesight.config import ImageSettings
 from finesight.encode.renderer import NativeRenderer, Renderer, is_native
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import ImageSettings
 
 
 def build_renderer(

@@ -28,13 +28,13 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from finesight.bounded_files import read_bytes, read_json_object
-from finesight.data.augmentation import ImageVariant
 from finesight.errors import UserError
+from finesight.files.bounded_files import read_bytes, read_json_object
+from finesight.files.worker_pool import JobOutput
 from finesight.model_folder import ModelFolder
+from finesight.samples.augmentation import ImageVariant
 from finesight.samples.frames import ImageSize
 from finesight.vision.image_processing import GridTHW
-from finesight.worker_pool import JobOutput
 
 if TYPE_CHECKING:
     import tiktoken

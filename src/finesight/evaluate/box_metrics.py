@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from finesight.data.boxes import box_area, contains_center, measure_overlap
-from finesight.data.image_file import DEFAULT_SIZE
-from finesight.data.sample import BoxPart
+from finesight.samples.boxes import box_area, contains_center, measure_overlap
 from finesight.samples.frames import Box, ImageSize
+from finesight.samples.image_file import DEFAULT_SIZE
+from finesight.samples.sample import BoxPart
 
 
 def measure_closeness(box: Box, reference: Box, image_size: ImageSize) -> float:

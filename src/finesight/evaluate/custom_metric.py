@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finesight.bounded_files import read_bytes, read_text
-from finesight.config import MetricSpec, Recipe
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import UNBOUNDED
 from finesight.evaluate.eval_case import (
@@ -41,8 +39,10 @@ from finesight.evaluate.score_function import (
     build_function_error,
     build_result_error,
 )
-from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
-from finesight.storage import append_line, make_folder, state_folder
+from finesight.files.bounded_files import read_bytes, read_text
+from finesight.files.storage import append_line, make_folder, state_folder
+from finesight.settings.config import MetricSpec, Recipe
+from finesight.settings.manifest import MANIFEST_FILE, RECIPE_FILE
 
 METRIC_COPY_FILE = "metric.py"
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from finesight.data.sample import check_tool
 from finesight.environment_components import ENVIRONMENTS
 from finesight.errors import UserError, describe_choices
 from finesight.evaluate import environment_worker
@@ -26,7 +25,14 @@ from finesight.evaluate.custom_metric import (
 )
 from finesight.evaluate.reward_workers import MAX_MEMORY_BYTES
 from finesight.evaluate.score_function import LOAD_SECONDS
-from finesight.worker_pool import JobOutput, Worker, WorkerJobError, WorkerLostError, WorkerPool
+from finesight.files.worker_pool import (
+    JobOutput,
+    Worker,
+    WorkerJobError,
+    WorkerLostError,
+    WorkerPool,
+)
+from finesight.samples.sample import check_tool
 
 ResultBlock = str | Image.Image
 """A text or an RGB image in the result of a tool."""

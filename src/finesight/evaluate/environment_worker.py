@@ -23,8 +23,8 @@ from finesight.environment_components import ENVIRONMENTS
 from finesight.errors import UserError
 from finesight.evaluate.custom_metric import execute_file
 from finesight.evaluate.score_function import build_function_error, read_score
+from finesight.files.worker_pool import JobOutput
 from finesight.vision.image_processing import convert_to_rgb, load_image
-from finesight.worker_pool import JobOutput
 
 MAX_RESULT_CHARS = 100_000
 """Maximum number of characters of the result of a tool."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.image_file import DEFAULT_SIZE
-from finesight.data.sample import BoxPart, Sample, join_text
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,
@@ -20,6 +18,8 @@ from finesight.evaluate.bootstrap import (
     estimate_mean,
 )
 from finesight.samples.frames import ImageSize
+from finesight.samples.image_file import DEFAULT_SIZE
+from finesight.samples.sample import BoxPart, Sample, join_text
 
 MetricValues = dict[str, float]
 

@@ -10,10 +10,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finesight.config import EVAL_BATCH_SIZE, EvalSettings, MetricSpec
-from finesight.data.corpus import load_corpus
-from finesight.data.image_file import CorruptImageError
-from finesight.data.sample import LocatedSample, read_samples
 from finesight.encode.renderer import Renderer
 from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
@@ -34,11 +30,15 @@ from finesight.evaluate.task_metrics import (
     get_primary_metric,
 )
 from finesight.infer.prediction import Prediction, predict
-from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.metric_components import METRICS
 from finesight.model.backend_model import BackendModel
 from finesight.model_folder import check_model_path
-from finesight.recipe import load_recipe
+from finesight.samples.corpus import load_corpus
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.sample import LocatedSample, read_samples
+from finesight.settings.config import EVAL_BATCH_SIZE, EvalSettings, MetricSpec
+from finesight.settings.manifest import RECIPE_FILE, find_run_dir
+from finesight.settings.recipe import load_recipe
 
 
 def load_eval_inputs(

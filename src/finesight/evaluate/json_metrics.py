@@ -19,9 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from finesight.bounded_files import parse_json
-from finesight.data.boxes import iter_json_values, split_at_coordinates
-from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -32,6 +29,9 @@ from finesight.evaluate.bootstrap import (
 from finesight.evaluate.box_metrics import match_boxes
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 from finesight.evaluate.text_metrics import compute_f1, normalize_text
+from finesight.files.bounded_files import parse_json
+from finesight.samples.boxes import iter_json_values, split_at_coordinates
+from finesight.samples.sample import BoxPart
 
 JsonForm = dict[str, Any] | list[Any]
 """Nested dicts and lists of strings in canonical form: without empty values, lists sorted."""

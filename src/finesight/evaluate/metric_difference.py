@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from finesight.config import MetricSpec
 from finesight.evaluate.bootstrap import (
     ConfidenceInterval,
     ScoreEstimator,
@@ -30,6 +29,7 @@ from finesight.evaluate.verdict import (
     judge_difference,
 )
 from finesight.metric_components import get_score
+from finesight.settings.config import MetricSpec
 
 T = TypeVar("T")
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from finesight.bounded_files import parse_json, read_edge_lines, read_lines
-from finesight.data.image_file import DEFAULT_SIZE
-from finesight.data.sample import BoxPart, Regions
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase, MetricValues
+from finesight.files.bounded_files import parse_json, read_edge_lines, read_lines
 from finesight.samples.frames import ImageSize
+from finesight.samples.image_file import DEFAULT_SIZE
+from finesight.samples.sample import BoxPart, Regions
 
 if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction

@@ -14,9 +14,9 @@ from contextvars import ContextVar
 from types import CodeType
 from typing import Any
 
-from finesight.config import PYTHON_PREFIX
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
+from finesight.settings.config import PYTHON_PREFIX
 
 PythonFunction = Callable[[EvalCase], Any]
 

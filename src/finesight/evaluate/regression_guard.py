@@ -11,16 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from finesight.bounded_files import ComposedYaml
-from finesight.config import MetricName
-from finesight.data.sample import (
-    LocatedSample,
-    Message,
-    Sample,
-    list_media_paths,
-    read_samples,
-    validate_sample,
-)
 from finesight.errors import UserError, suggest_name
 from finesight.evaluate.bootstrap import compute_difference_intervals
 from finesight.evaluate.eval_case import MetricResult, ReferenceAnswer, get_reference_answer
@@ -28,9 +18,19 @@ from finesight.evaluate.metric_difference import MetricDifference, compare_famil
 from finesight.evaluate.prediction_file import create_case
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
 from finesight.evaluate.verdict import FAMILY_ERROR, Estimators
-from finesight.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
-from finesight.setting_types import CoercedFloat, Names, SettingsSection
-from finesight.storage import write_file
+from finesight.files.bounded_files import ComposedYaml
+from finesight.files.storage import write_file
+from finesight.samples.sample import (
+    LocatedSample,
+    Message,
+    Sample,
+    list_media_paths,
+    read_samples,
+    validate_sample,
+)
+from finesight.settings.config import MetricName
+from finesight.settings.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
+from finesight.settings.setting_types import CoercedFloat, Names, SettingsSection
 
 if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction
@@ -161,7 +161,7 @@ def check_images(groups: Sequence[LoadedGroup]) -> None:
 def _read_samples(
     name: str, settings: GuardGroup, folder: Path, locate: Callable[..., str]
 ) -> list[LocatedSample]:
-    from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT
+    from finesight.samples.prompt_format import DEFAULT_PROMPT_FORMAT
 
     if settings.data is not None:
         file = folder / settings.data

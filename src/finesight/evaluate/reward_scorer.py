@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.config import PYTHON_PREFIX
-from finesight.data.sample import BoxPart
 from finesight.errors import UserError, describe_choices
 from finesight.evaluate import custom_metric, python_functions, task_metrics
 from finesight.evaluate.eval_case import EvalCase
@@ -35,6 +33,8 @@ from finesight.evaluate.score_function import (
 )
 from finesight.metric_components import METRICS, get_metric
 from finesight.reward_components import REWARDS, ExtraPackage, RewardSettings
+from finesight.samples.sample import BoxPart
+from finesight.settings.config import PYTHON_PREFIX
 
 _BOXES = (BoxPart(xyxy=(0, 0, 1, 1)),)
 CORRECT_CASE = EvalCase("[1]", _BOXES, ("[1]",), _BOXES)

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from finesight.pattern_matcher import PatternMatcher
-from finesight.worker_pool import WorkerPool
+from finesight.files.pattern_matcher import PatternMatcher
+from finesight.files.worker_pool import WorkerPool
 
 MAX_MEMORY_BYTES = 2 << 30
 """Memory of a function in addition to its loaded file, and of a schema."""

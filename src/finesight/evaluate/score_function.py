@@ -19,7 +19,7 @@ import numpy as np
 
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
-from finesight.worker_pool import (
+from finesight.files.worker_pool import (
     UNLIMITED_MEMORY,
     JobOutput,
     Worker,

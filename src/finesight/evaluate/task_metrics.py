@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from finesight.config import PYTHON_PREFIX, MetricSpec
-from finesight.data.boxes import box_area
-from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric, json_metrics, python_functions
 from finesight.evaluate.eval_case import (
@@ -30,6 +27,9 @@ from finesight.evaluate.score_function import (
     read_score,
 )
 from finesight.metric_components import METRICS, ReferenceKind, get_metric, get_score
+from finesight.samples.boxes import box_area
+from finesight.samples.sample import TOOL_CALL_END, TOOL_CALL_TEXT
+from finesight.settings.config import PYTHON_PREFIX, MetricSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finesight.config import ImageRule
-from finesight.data.example_question import build_placeholder
-from finesight.data.prompt_format import PromptFormat
 from finesight.encode.renderer import load_family
 from finesight.errors import Step, UserError
 from finesight.export.hf_files import (
@@ -39,13 +36,16 @@ from finesight.export.resize_code import (
     format_resize_code,
 )
 from finesight.family_components import FamilyComponent
+from finesight.files.storage import check_new_path, require_free_space, write_folder
 from finesight.infer.model_loader import ModelSource, get_model_name
-from finesight.manifest import Manifest
 from finesight.model.families import TRANSFORMERS_V5_MAPPING
 from finesight.model.lora.peft_io import read_adapter
 from finesight.model.weights_io import stored_precision
 from finesight.model_folder import ModelFolder
-from finesight.storage import check_new_path, require_free_space, write_folder
+from finesight.samples.example_question import build_placeholder
+from finesight.samples.prompt_format import PromptFormat
+from finesight.settings.config import ImageRule
+from finesight.settings.manifest import Manifest
 from finesight.vision.image_processing import get_default_image_rule, load_patch_config
 from finesight.vision.processor_limits import get_processor_limits
 

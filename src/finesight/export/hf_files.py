@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from finesight.bounded_files import read_json_object
 from finesight.encode.renderer import is_native
 from finesight.errors import Remedy, Step, UserError
 from finesight.family_components import FAMILIES, ExportKind
+from finesight.files.bounded_files import read_json_object
+from finesight.files.storage import DIGESTS_FILE, verify_folder
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import (
     DOWNLOAD_PATTERNS,
@@ -20,7 +21,6 @@ from finesight.model_folder import (
     PROCESSOR_FILE,
     ModelFolder,
 )
-from finesight.storage import DIGESTS_FILE, verify_folder
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 

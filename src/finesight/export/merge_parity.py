@@ -25,18 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finesight.data.corpus import load_corpus
-from finesight.data.image_file import CorruptImageError
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.block_manager import append_tokens
 from finesight.infer.prediction import generate
-from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.vlm import VisionLanguageModel
-from finesight.recipe import load_recipe
+from finesight.samples.corpus import load_corpus
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.sample import ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.settings.manifest import RECIPE_FILE, find_run_dir
+from finesight.settings.recipe import load_recipe
 from finesight.synth.tickets import draw_ticket, sample_ticket
 
 IMAGE_SEED = 20260

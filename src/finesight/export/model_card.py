@@ -15,10 +15,6 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from finesight import __version__
-from finesight.bounded_files import load_yaml, read_bytes, read_json_object
-from finesight.config import PixelRange
-from finesight.data.example_question import ExampleQuestion, build_placeholder
-from finesight.data.prompt_format import PromptFormat
 from finesight.encode.hf_renderer import NO_RESIZE_RULE
 from finesight.encode.renderer import is_native
 from finesight.errors import Step, UserError
@@ -27,15 +23,19 @@ from finesight.export.deployment import describe_questions, format_serving_comma
 from finesight.export.hf_files import list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.export.resize_code import describe_image_size, format_resize_code
-from finesight.hub.address import parse_model_address
+from finesight.files.bounded_files import load_yaml, read_bytes, read_json_object
+from finesight.files.hub_address import parse_model_address
+from finesight.files.storage import temporary_folder
 from finesight.infer.model_loader import ModelSource, get_model_name
-from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir
 from finesight.model.lora.merge import public_model_name
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 from finesight.report.metric_rows import get_note
 from finesight.report.run_reader import RunRecord, pair_evaluations, read_json_lines, read_run
-from finesight.storage import temporary_folder
+from finesight.samples.example_question import ExampleQuestion, build_placeholder
+from finesight.samples.prompt_format import PromptFormat
+from finesight.settings.config import PixelRange
+from finesight.settings.manifest import MANIFEST_FILE, Manifest, find_run_dir
 from finesight.vision.image_processing import load_patch_config
 from finesight.vision.processor_limits import get_processor_limits, has_fixed_image_size
 

@@ -23,10 +23,6 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from finesight.config import Device, EvalSettings, Recipe
-from finesight.data.corpus import load_corpus
-from finesight.data.image_file import CorruptImageError
-from finesight.data.sample import LocatedSample
 from finesight.encode.hf_renderer import FROM_PRETRAINED_OPTIONS, import_transformers
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import Remedy, Step, UserError
@@ -38,19 +34,23 @@ from finesight.export.hf_files import propose_merge
 from finesight.export.model_card import MODEL_CARD_FILE, write_model_card
 from finesight.export.verified_merge import merge_and_verify
 from finesight.family_components import FAMILIES
+from finesight.files.storage import DIGESTS_FILE, check_new_path, write_file, write_folder
 from finesight.infer.model_loader import (
     ModelSource,
     load_inference_model,
     resolve_device,
     resolve_model_source,
 )
-from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.weights_io import open_safetensors, read_headers
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
-from finesight.storage import DIGESTS_FILE, check_new_path, write_file, write_folder
+from finesight.samples.corpus import load_corpus
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.sample import LocatedSample
+from finesight.settings.config import Device, EvalSettings, Recipe
+from finesight.settings.manifest import RECIPE_FILE, find_run_dir
+from finesight.settings.recipe import load_recipe
 from finesight.train.finalize import format_differences
 from finesight.vision.image_processing import NUM_CHANNELS, repeat_still_frames
 

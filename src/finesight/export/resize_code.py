@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 
-from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange
+from finesight.settings.config import ExactSize, ImageRule, LongestSide, PixelRange
 from finesight.vision.image_processing import compute_resized_size
 
 _CODE = """\

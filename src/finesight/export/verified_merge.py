@@ -12,8 +12,6 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from finesight.config import Device, Precision
-from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import Renderer, require_native
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
@@ -32,6 +30,12 @@ from finesight.export.merge_parity import (
     load_validation_samples,
 )
 from finesight.export.model_card import VerifiedMerge, write_model_card
+from finesight.files.storage import (
+    check_new_path,
+    require_free_space,
+    temporary_folder,
+    write_folder,
+)
 from finesight.host_memory import available_memory
 from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
 from finesight.model.linear import iter_adapters
@@ -48,7 +52,8 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, build_empty_model, hub_tensors, load_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import check_new_path, require_free_space, temporary_folder, write_folder
+from finesight.samples.sample import LocatedSample
+from finesight.settings.config import Device, Precision
 
 NUM_PARITY_SAMPLES = 4
 """Default number of questions on which the merged and the trained model are compared."""

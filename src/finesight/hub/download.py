@@ -27,10 +27,10 @@ from rich.console import Console
 
 from finesight import __version__
 from finesight.errors import UnavailableError, UserError, format_count
-from finesight.hub.address import is_offline
-from finesight.hub.archive import safe_join
+from finesight.files.archive import safe_join
+from finesight.files.hub_address import is_offline
+from finesight.files.storage import make_folder, require_free_space, translate_os_errors, write_file
 from finesight.progress import ProgressConsole
-from finesight.storage import make_folder, require_free_space, translate_os_errors, write_file
 
 WEB_SCHEMES = frozenset({"http", "https"})
 """URL schemes of the web, whose hosts require `--allow-host`. Other schemes are object storage."""

@@ -32,7 +32,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from finesight import __version__
 from finesight.errors import UserError
-from finesight.hub.address import HubAccess, HubAddress, Refusal
+from finesight.files.hub_address import HubAccess, HubAddress, Refusal
 from finesight.hub.download import HttpSite, RemoteFile
 
 _DEFAULT_REVISION = "main"

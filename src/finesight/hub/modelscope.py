@@ -24,7 +24,8 @@ import httpx2
 
 from finesight import __version__
 from finesight.errors import UserError
-from finesight.hub.address import HubAccess, HubAddress, Refusal
+from finesight.files.hub_address import HubAccess, HubAddress, Refusal
+from finesight.files.storage import sha256_file, temporary_folder
 from finesight.hub.download import (
     HTTP_TIMEOUT,
     MAX_ERROR_BYTES,
@@ -33,7 +34,6 @@ from finesight.hub.download import (
     RemoteFile,
     get_retry_delay,
 )
-from finesight.storage import sha256_file, temporary_folder
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi, Visibility

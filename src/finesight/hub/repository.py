@@ -18,23 +18,23 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 from urllib.parse import quote
 
-from finesight.bounded_files import read_json_object
 from finesight.errors import Step, UnavailableError, UserError
-from finesight.hub.address import HubAccess, HubAddress, is_offline
-from finesight.hub.archive import safe_join
+from finesight.files.archive import safe_join
+from finesight.files.bounded_files import read_json_object
+from finesight.files.hub_address import HubAccess, HubAddress, is_offline
+from finesight.files.storage import (
+    check_new_path,
+    make_folder,
+    raise_if_exists,
+    require_free_space,
+    translate_os_errors,
+)
 from finesight.hub.download import (
     SPACE_REMEDY,
     Downloader,
     HttpSite,
     RemoteFile,
     raise_if_offline,
-)
-from finesight.storage import (
-    check_new_path,
-    make_folder,
-    raise_if_exists,
-    require_free_space,
-    translate_os_errors,
 )
 
 DEFAULT_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}

@@ -18,9 +18,9 @@ from urllib.parse import unquote, urlsplit
 import httpx2
 
 from finesight.errors import Step, UserError
+from finesight.files.path_patterns import GLOB_CHARACTERS
+from finesight.files.storage import write_folder_once
 from finesight.hub.download import WEB_SCHEMES, Downloader, HttpSite, RemoteFile, strip_query
-from finesight.path_patterns import GLOB_CHARACTERS
-from finesight.storage import write_folder_once
 
 MAX_FILE_BYTES = 50 * 10**9
 

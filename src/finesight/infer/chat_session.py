@@ -14,7 +14,12 @@ from itertools import chain, filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finesight.data.boxes import (
+from finesight.encode.family import THINK_END, THINK_START
+from finesight.errors import UserError
+from finesight.files.storage import check_new_path, find_free_path, write_new_file
+from finesight.infer.prediction import Prediction, draw_boxes
+from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
+from finesight.samples.boxes import (
     TextBox,
     has_json_boxes,
     is_inside_image,
@@ -22,7 +27,8 @@ from finesight.data.boxes import (
     split_at_text_boxes,
     strip_code_fences,
 )
-from finesight.data.sample import (
+from finesight.samples.frames import ImageSize
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     LocatedSample,
@@ -32,13 +38,7 @@ from finesight.data.sample import (
     is_video_path,
     write_samples,
 )
-from finesight.data.video_file import read_visual_size
-from finesight.encode.family import THINK_END, THINK_START
-from finesight.errors import UserError
-from finesight.infer.prediction import Prediction, draw_boxes
-from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
-from finesight.samples.frames import ImageSize
-from finesight.storage import check_new_path, find_free_path, write_new_file
+from finesight.samples.video_file import read_visual_size
 from finesight.vision.image_processing import load_image
 
 if TYPE_CHECKING:

@@ -13,8 +13,6 @@ from itertools import chain
 
 import torch
 
-from finesight.data.prompt_format import PromptFormat
-from finesight.data.sample import LocatedSample
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
@@ -36,6 +34,8 @@ from finesight.infer.request import (
 from finesight.model.backend import as_native
 from finesight.model.config import DecoderConfig
 from finesight.model.vlm import VisionLanguageModel
+from finesight.samples.prompt_format import PromptFormat
+from finesight.samples.sample import LocatedSample
 
 DEFAULT_MAX_WAITING = 256
 

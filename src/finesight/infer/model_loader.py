@@ -11,21 +11,11 @@ from typing import Literal, NoReturn
 import torch
 from safetensors.torch import load_file
 
-from finesight.config import Device, Precision
-from finesight.data.prompt_format import PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, is_native, require_native
 from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import Remedy, Step, UserError
-from finesight.manifest import (
-    MANIFEST_FILE,
-    RECIPE_FILE,
-    Manifest,
-    find_manifest_file,
-    find_newest_checkpoint,
-    find_run_dir,
-    load_manifest,
-)
+from finesight.files.storage import verify_folder, write_folder_once
 from finesight.model.backend import as_native, load_auto_model
 from finesight.model.backend_model import BackendModel
 from finesight.model.kernels.runtime import load_compiler_in_background
@@ -40,8 +30,18 @@ from finesight.model.lora.peft_io import (
 from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.weights_io import DTYPES
 from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
-from finesight.setting_types import WeightFormat
-from finesight.storage import verify_folder, write_folder_once
+from finesight.samples.prompt_format import PromptFormat
+from finesight.settings.config import Device, Precision
+from finesight.settings.manifest import (
+    MANIFEST_FILE,
+    RECIPE_FILE,
+    Manifest,
+    find_manifest_file,
+    find_newest_checkpoint,
+    find_run_dir,
+    load_manifest,
+)
+from finesight.settings.setting_types import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,25 +17,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from finesight.data.boxes import sort_corners
-from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, get_file
-from finesight.data.marked_prompt import write_marked_prompt
-from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
-from finesight.data.question_forms import find_question
-from finesight.data.sample import (
-    BoxPart,
-    ContentPart,
-    ImagePart,
-    LocatedSample,
-    Sample,
-    is_video_path,
-    join_text,
-    list_coordinates,
-)
-from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import format_count
+from finesight.files.storage import find_free_path, make_folder, write_new_file
 from finesight.infer.engine import (
     GPU_BLOCK_SIZE,
     Engine,
@@ -46,8 +31,23 @@ from finesight.infer.engine import (
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.backend_model import BackendModel
 from finesight.model.vlm import VisionLanguageModel
+from finesight.samples.boxes import sort_corners
 from finesight.samples.frames import ImageSize
-from finesight.storage import find_free_path, make_folder, write_new_file
+from finesight.samples.image_file import DEFAULT_SIZE, CorruptImageError, get_file
+from finesight.samples.marked_prompt import write_marked_prompt
+from finesight.samples.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
+from finesight.samples.question_forms import find_question
+from finesight.samples.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Sample,
+    is_video_path,
+    join_text,
+    list_coordinates,
+)
+from finesight.samples.video_file import read_visual_size
 from finesight.vision.image_processing import load_image
 
 T = TypeVar("T")

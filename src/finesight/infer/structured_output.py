@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import BOX_KEY
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import TiktokenTokenizer, Tokenizer
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
+from finesight.samples.boxes import BOX_KEY
 
 if TYPE_CHECKING:
     from types import ModuleType

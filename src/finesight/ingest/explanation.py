@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finesight.data.import_source import ImportOptions, open_source
-from finesight.data.sample import ContentPart, ImagePart, Sample, list_coordinates
 from finesight.errors import UserError, shorten
+from finesight.ingest.import_source import ImportOptions, open_source
 from finesight.ingest.mapped_rows import read_mapped_row
 from finesight.ingest.mapping_format import MappingFormat
 from finesight.ingest.record_values import RoleAssignment
+from finesight.samples.sample import ContentPart, ImagePart, Sample, list_coordinates
 
 MAX_VALUE_CHARS = 60
 """Maximum length of a value in an explanation."""

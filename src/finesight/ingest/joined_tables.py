@@ -17,11 +17,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finesight.bounded_files import is_utf8, parse_json
-from finesight.data.line_index import open_data_file
-from finesight.data.row_reader import Record, RowReader, SourceRow, open_row_file
-from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError, format_count
+from finesight.files.bounded_files import is_utf8, parse_json
 from finesight.ingest.json_stream import JsonStream
 from finesight.ingest.mapping import JoinedTable, RecordMapping, Rows, TableClasses
 from finesight.ingest.record_values import (
@@ -34,6 +31,9 @@ from finesight.ingest.record_values import (
     replace_at,
     to_text,
 )
+from finesight.ingest.row_reader import Record, RowReader, SourceRow, open_row_file
+from finesight.samples.line_index import open_data_file
+from finesight.samples.sample import InvalidRowError
 
 RECORDS = ""
 """Name of the records among the lists of a document; tables have other names."""

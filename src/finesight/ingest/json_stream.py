@@ -10,9 +10,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from finesight.bounded_files import DuplicateKeyError, parse_json, reject_duplicates
-from finesight.data.sample import check_json
 from finesight.errors import UserError
+from finesight.files.bounded_files import DuplicateKeyError, parse_json, reject_duplicates
 from finesight.ingest.field_path import FieldPath, PathStep, join_location
 from finesight.ingest.record_values import (
     Scope,
@@ -21,6 +20,7 @@ from finesight.ingest.record_values import (
     is_empty,
     list_item_steps,
 )
+from finesight.samples.sample import check_json
 
 WINDOW_CHARS = 2**18
 """Number of characters that are read at once."""

@@ -14,9 +14,9 @@ from functools import partial
 from string import ascii_uppercase
 from typing import Any, NamedTuple, get_args
 
-from finesight.data.boxes import InvalidBoxError
-from finesight.data.formats.conversation_rows import decode_json, parse_tools, read_tool_call
-from finesight.data.formats.dataset_format import (
+from finesight.ingest.field_path import EACH, FieldPath, PathStep, format_key
+from finesight.ingest.formats.conversation_rows import decode_json, parse_tools, read_tool_call
+from finesight.ingest.formats.dataset_format import (
     NUMBERED_IMAGE,
     ImportContext,
     ImportExample,
@@ -31,33 +31,18 @@ from finesight.data.formats.dataset_format import (
     make_text_part,
     merge_text_parts,
 )
-from finesight.data.formats.image_annotations import (
-    NO_OBJECTS_ANSWER,
+from finesight.ingest.formats.image_annotations import (
     ObjectAnnotation,
     build_detection_examples,
     check_declared_size,
 )
-from finesight.data.formats.table import (
+from finesight.ingest.formats.table import (
     create_labelled_boxes,
     find_letters,
     letter_options,
     omit_classes,
     place_images,
 )
-from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import (
-    MAX_ANSWERS,
-    MAX_MESSAGES,
-    BoxPart,
-    ContentPart,
-    EmptyAnswerError,
-    InvalidRowError,
-    Message,
-    Role,
-    TextPart,
-    check_limit,
-)
-from finesight.ingest.field_path import EACH, FieldPath, PathStep, format_key
 from finesight.ingest.joined_tables import UnjoinedRecord
 from finesight.ingest.mapping import (
     GROUPED_ROWS,
@@ -86,6 +71,21 @@ from finesight.ingest.record_values import (
     read_group,
     to_text,
     write_json,
+)
+from finesight.ingest.row_reader import Record, SourceRow
+from finesight.samples.boxes import InvalidBoxError
+from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
+from finesight.samples.sample import (
+    MAX_ANSWERS,
+    MAX_MESSAGES,
+    BoxPart,
+    ContentPart,
+    EmptyAnswerError,
+    InvalidRowError,
+    Message,
+    Role,
+    TextPart,
+    check_limit,
 )
 
 REASON_NO_ITEMS = "without items in `sample` of the mapping"

@@ -29,10 +29,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails
 
-from finesight.bounded_files import load_yaml, read_text
-from finesight.data.boxes import BoxConvention
 from finesight.errors import UserError, suggest_name
+from finesight.files.bounded_files import load_yaml, read_text
 from finesight.ingest.field_path import FieldPath, PathStep, parse_path
+from finesight.samples.boxes import BoxConvention
 from finesight.samples.frames import Unit
 
 MAPPING_VERSION = 1

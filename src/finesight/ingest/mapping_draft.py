@@ -11,27 +11,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finesight.data.formats.dataset_format import IMAGE_KEYS, VIDEO_KEYS, as_list
-from finesight.data.formats.row_keys import UnfoundMediaError
-from finesight.data.formats.table import MEDIA_ROLES, UnknownRolesError, suggest_columns
-from finesight.data.image_file import is_image_value
-from finesight.data.import_source import (
+from finesight.errors import escape_unprintable, shorten
+from finesight.files.storage import has_content, write_new_file
+from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
+from finesight.ingest.formats.dataset_format import IMAGE_KEYS, VIDEO_KEYS, as_list
+from finesight.ingest.formats.row_keys import UnfoundMediaError
+from finesight.ingest.formats.table import MEDIA_ROLES, UnknownRolesError, suggest_columns
+from finesight.ingest.import_source import (
     DetectedColumns,
     ImportOptions,
     detect_columns,
     find_table,
 )
-from finesight.data.name_template import TemplateSearch
-from finesight.data.record_files import open_record_files
-from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
-from finesight.data.row_reader import Record, RowReader, UnknownRowsError, open_row_file
-from finesight.data.sample import is_video_path
-from finesight.errors import escape_unprintable, shorten
-from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
 from finesight.ingest.mapping import MAPPING_VERSION
+from finesight.ingest.name_template import TemplateSearch
 from finesight.ingest.presets import with_preset
+from finesight.ingest.record_files import open_record_files
 from finesight.ingest.role_choices import add_folder, format_mapping, mark_optional
-from finesight.storage import has_content, write_new_file
+from finesight.ingest.role_proposal import RoleProposal, UnassignedKeysError
+from finesight.ingest.row_reader import Record, RowReader, UnknownRowsError, open_row_file
+from finesight.samples.image_file import is_image_value
+from finesight.samples.sample import is_video_path
 
 MAX_EXAMPLE_CHARS = 60
 """Maximum length of an example value in a draft."""

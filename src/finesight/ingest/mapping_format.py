@@ -9,16 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from finesight.data.formats.dataset_format import (
+from finesight.errors import UserError
+from finesight.ingest.field_path import FieldPath, PathStep
+from finesight.ingest.formats.dataset_format import (
     DatasetFormat,
     ImportContext,
     ImportExample,
 )
-from finesight.data.line_index import open_data_file
-from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
-from finesight.data.sample import InvalidRowError
-from finesight.errors import UserError
-from finesight.ingest.field_path import FieldPath, PathStep
 from finesight.ingest.joined_tables import (
     RECORDS,
     join_files,
@@ -44,6 +41,9 @@ from finesight.ingest.record_values import (
     read_group,
     read_record,
 )
+from finesight.ingest.row_reader import RowReader, SourceRow, rows_from_items
+from finesight.samples.line_index import open_data_file
+from finesight.samples.sample import InvalidRowError
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finesight.bounded_files import load_yaml, parse_unique_json
-from finesight.data.folder_listing import is_json_file
-from finesight.data.formats.dataset_format import ImportContext
-from finesight.data.image_file import CorruptImageError
-from finesight.data.image_resolver import ImageResolver
-from finesight.data.import_source import NUM_DETECTION_ROWS, ImportOptions
-from finesight.data.record_files import read_preview_records
-from finesight.data.row_reader import Record, SourceRow, get_row_suffix
-from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
+from finesight.files.bounded_files import load_yaml, parse_unique_json
+from finesight.files.storage import temporary_folder
+from finesight.ingest.folder_listing import is_json_file
+from finesight.ingest.formats.dataset_format import ImportContext
+from finesight.ingest.image_resolver import ImageResolver
+from finesight.ingest.import_source import NUM_DETECTION_ROWS, ImportOptions
 from finesight.ingest.mapped_rows import read_mapped_row
 from finesight.ingest.mapping import RecordMapping, parse_mapping
 from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
+from finesight.ingest.record_files import read_preview_records
 from finesight.ingest.record_values import RecordValues, Scope, parse_texts, read_record
-from finesight.storage import temporary_folder
+from finesight.ingest.row_reader import Record, SourceRow, get_row_suffix
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.sample import InvalidRowError, read_data_file
 
 PRESETS_FOLDER = "presets"
 

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finesight.data.formats.dataset_format import ImportContext
-from finesight.data.import_source import ImportOptions, ImportSource, detect_columns, open_source
-from finesight.data.record_files import read_preview_records
-from finesight.data.role_proposal import UnassignedKeysError
-from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import Sample
 from finesight.errors import UserError
 from finesight.ingest.explanation import format_value
+from finesight.ingest.formats.dataset_format import ImportContext
+from finesight.ingest.import_source import ImportOptions, ImportSource, detect_columns, open_source
 from finesight.ingest.mapped_rows import generalize_location, read_mapped_row
 from finesight.ingest.mapping_draft import list_examples
 from finesight.ingest.mapping_format import MappingFormat
 from finesight.ingest.presets import with_preset
+from finesight.ingest.record_files import read_preview_records
+from finesight.ingest.role_proposal import UnassignedKeysError
+from finesight.ingest.row_reader import Record, SourceRow
+from finesight.samples.sample import Sample
 
 MAX_READ_ROWS = 100
 """Number of rows of which the first samples are shown; rows without a sample are skipped."""

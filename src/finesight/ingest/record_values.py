@@ -12,12 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from finesight.bounded_files import parse_unique_json
-from finesight.data.formats.dataset_format import describe_value, dump_json
-from finesight.data.row_reader import Record
-from finesight.data.sample import InvalidRowError, check_json, check_limit
 from finesight.errors import suggest_name
+from finesight.files.bounded_files import parse_unique_json
 from finesight.ingest.field_path import EACH, FieldPath, PathStep, format_key, join_location
+from finesight.ingest.formats.dataset_format import describe_value, dump_json
 from finesight.ingest.mapping import (
     GROUPED_ROWS,
     Condition,
@@ -29,6 +27,8 @@ from finesight.ingest.mapping import (
     format_key_text,
     format_scalar,
 )
+from finesight.ingest.row_reader import Record
+from finesight.samples.sample import InvalidRowError, check_json, check_limit
 
 MAX_ITEMS = 100_000
 """Maximum number of items of a list that a mapping iterates over in a record."""

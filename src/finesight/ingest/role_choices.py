@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from finesight.data.row_reader import Record
 from finesight.errors import UserError
 from finesight.ingest.field_path import EACH, parse_path
 from finesight.ingest.mapping import MAPPING_VERSION, parse_mapping
 from finesight.ingest.record_values import MissingKeyError, RecordValues, Scope, is_empty
+from finesight.ingest.row_reader import Record
 
 CHOICES = (
     "images",

@@ -13,20 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finesight.data.corpus import load_corpus
-from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_file import IMAGE_SUFFIXES, CorruptImageError, list_pages
-from finesight.data.marked_prompt import remove_marks, write_marked_prompt
-from finesight.data.prompt_format import PromptFormat
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    format_number,
-    read_samples,
-)
 from finesight.errors import UserError, suggest_similar_path
 from finesight.label.label_store import (
     ORIGINAL_PROMPT_KEY,
@@ -45,12 +31,26 @@ from finesight.label.label_store import (
     replace_texts,
 )
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
-from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.metric_components import METRICS
 from finesight.model_folder import resolve_model_path
-from finesight.recipe import load_recipe
-from finesight.recipe_template import detect_metric, is_closed_set
-from finesight.setting_types import is_url
+from finesight.samples.corpus import load_corpus
+from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
+from finesight.samples.image_file import IMAGE_SUFFIXES, CorruptImageError, list_pages
+from finesight.samples.marked_prompt import remove_marks, write_marked_prompt
+from finesight.samples.prompt_format import PromptFormat
+from finesight.samples.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    format_number,
+    read_samples,
+)
+from finesight.settings.manifest import RECIPE_FILE, find_run_dir
+from finesight.settings.recipe import load_recipe
+from finesight.settings.recipe_template import detect_metric, is_closed_set
+from finesight.settings.setting_types import is_url
 from finesight.train.run_dir import RunDir
 
 MAX_EXAMPLES = 500

@@ -23,10 +23,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
-from finesight.bounded_files import MAX_FILE_BYTES, is_utf8, read_json
-from finesight.config import Recipe
-from finesight.data.image_file import CorruptImageError, get_file
-from finesight.data.sample import (
+from finesight.errors import LABEL_TRAIN_FRACTION, UserError
+from finesight.files.bounded_files import MAX_FILE_BYTES, is_utf8, read_json
+from finesight.files.storage import (
+    FileLock,
+    append_line,
+    check_writable_folder,
+    find_free_path,
+    flush_file,
+    make_folder,
+    translate_os_errors,
+    truncate_file,
+    write_file,
+    write_files,
+)
+from finesight.samples.image_file import CorruptImageError, get_file
+from finesight.samples.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
@@ -39,20 +51,8 @@ from finesight.data.sample import (
     read_samples,
     validate_sample,
 )
-from finesight.errors import LABEL_TRAIN_FRACTION, UserError
-from finesight.setting_types import is_url
-from finesight.storage import (
-    FileLock,
-    append_line,
-    check_writable_folder,
-    find_free_path,
-    flush_file,
-    make_folder,
-    translate_os_errors,
-    truncate_file,
-    write_file,
-    write_files,
-)
+from finesight.settings.config import Recipe
+from finesight.settings.setting_types import is_url
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
@@ -538,7 +538,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
     def _select_eval_ids(self, labeled: Mapping[str, LocatedSample]) -> set[str]:
         """Return the IDs of validation samples, which share no pixels with training samples."""
         # Slow to import, and the studio needs only the names of files.
-        from finesight.data.importer import group_rows
+        from finesight.ingest.importer import group_rows
 
         eval_ids = set[str]()
         if self._train_fraction == 1:

@@ -35,9 +35,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from finesight.data.boxes import MAX_JSON_DEPTH
-from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError
-from finesight.data.sample import ContentPart, LocatedSample, TextPart
 from finesight.encode.answer_lengths import describe_truncation
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
@@ -54,7 +51,10 @@ from finesight.label.label_store import (
     get_text,
     list_boxes,
 )
+from finesight.samples.boxes import MAX_JSON_DEPTH
 from finesight.samples.frames import ImageSize
+from finesight.samples.image_file import DEFAULT_SIZE, CorruptImageError
+from finesight.samples.sample import ContentPart, LocatedSample, TextPart
 
 
 class JsonLeaf(NamedTuple):

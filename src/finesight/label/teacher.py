@@ -34,29 +34,12 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from finesight.bounded_files import parse_json
-from finesight.data.boxes import (
-    BOX_KEY,
-    POINT_KEY,
-    clip_box,
-    contains_center,
-    is_inside_image,
-    iter_json_values,
-)
-from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError
-from finesight.data.sample import (
-    BoxPart,
-    ContentPart,
-    ImagePart,
-    LocatedSample,
-    TextPart,
-    create_region,
-)
 from finesight.encode.family import read_json_boxes
 from finesight.errors import UserError
 from finesight.evaluate.box_metrics import match_boxes
 from finesight.evaluate.text_metrics import fold_text, normalize_text
+from finesight.files.bounded_files import parse_json
+from finesight.files.storage import append_line, flush_file
 from finesight.hub import download
 from finesight.hub.bounded_request import ResponseLimitError, send_request
 from finesight.label.label_session import LabelSession, LabelTask
@@ -70,8 +53,25 @@ from finesight.label.label_store import (
     remove_incomplete_line,
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
+from finesight.samples.boxes import (
+    BOX_KEY,
+    POINT_KEY,
+    clip_box,
+    contains_center,
+    is_inside_image,
+    iter_json_values,
+)
+from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
 from finesight.samples.frames import Box, ImageSize, to_corners
-from finesight.storage import append_line, flush_file
+from finesight.samples.image_file import DEFAULT_SIZE, CorruptImageError
+from finesight.samples.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    TextPart,
+    create_region,
+)
 from finesight.synth.drawing import draw_red_rectangle
 
 TEACHER_FILE = "teacher.jsonl"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from finesight.errors import UserError
+from finesight.files.storage import check_new_path, has_content, write_new_file
 from finesight.launch.launch_job import LaunchJob
 from finesight.launch.launcher_component import (
     LAUNCHERS,
@@ -15,7 +16,6 @@ from finesight.launch.launcher_component import (
     format_option,
     join_names,
 )
-from finesight.storage import check_new_path, has_content, write_new_file
 
 
 def build_job_text(launcher: LauncherComponent, job: LaunchJob, given: Mapping[str, str]) -> str:

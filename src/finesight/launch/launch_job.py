@@ -11,8 +11,8 @@ from pathlib import Path
 
 from finesight.errors import Step, UserError
 from finesight.launch.name_format import JOB_NAME
-from finesight.manifest import RESULT_FILE
-from finesight.recipe import load_recipe
+from finesight.settings.manifest import RESULT_FILE
+from finesight.settings.recipe import load_recipe
 
 _NODES_PATTERN = re.compile("([0-9]{1,5})(?::([0-9]{1,5}))?")
 

@@ -28,12 +28,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from finesight.bounded_files import read_bytes
-from finesight.config import MetricSpec, Recipe
-from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_file import get_file, split_page
-from finesight.data.importer import group_rows, split_by_image
-from finesight.data.sample import LocatedSample, Sample, write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import (
@@ -45,18 +39,24 @@ from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.score_format import format_score, format_score_interval
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.evaluate.verdict import Estimators
-from finesight.label.label_store import relocate_sample
-from finesight.recipe import dump_recipe, recipe_from_dict
-from finesight.report.charts import build_parallel_plot
-from finesight.report.html import PageFile, render_page
-from finesight.report.i18n import Language, detect_language, translate, use_language
-from finesight.storage import (
+from finesight.files.bounded_files import read_bytes
+from finesight.files.storage import (
     check_new_path,
     check_writable_folder,
     sha256_file,
     write_file,
     write_folder,
 )
+from finesight.ingest.importer import group_rows, split_by_image
+from finesight.label.label_store import relocate_sample
+from finesight.report.charts import build_parallel_plot
+from finesight.report.html import PageFile, render_page
+from finesight.report.i18n import Language, detect_language, translate, use_language
+from finesight.samples.corpus import Corpus, load_corpus
+from finesight.samples.image_file import get_file, split_page
+from finesight.samples.sample import LocatedSample, Sample, write_samples
+from finesight.settings.config import MetricSpec, Recipe
+from finesight.settings.recipe import dump_recipe, recipe_from_dict
 from finesight.train.dataset_stats import list_sample_images
 from finesight.train.evaluation import load_eval_history
 from finesight.train.run_dir import RunDir

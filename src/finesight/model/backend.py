@@ -18,7 +18,7 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
-from finesight.setting_types import WeightFormat
+from finesight.settings.setting_types import WeightFormat
 
 
 def load_auto_model(

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
+from finesight.files.storage import DIGESTS_FILE, verify_folder
 from finesight.model.backend_model import BackendModel, Capabilities
 from finesight.model.families import KeyMapping
 from finesight.model.linear import FusedLinear, single_output
 from finesight.model.trainable import HF_PREFIX
 from finesight.model.weights_io import copy_model_files
 from finesight.model_folder import ModelFolder
-from finesight.setting_types import WeightFormat
-from finesight.storage import DIGESTS_FILE, verify_folder
+from finesight.settings.setting_types import WeightFormat
 
 NUM_COMPARED_TOKENS = 64
 """Number of tokens whose logits are compared to check the output head."""

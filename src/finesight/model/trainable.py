@@ -10,7 +10,6 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from finesight.config import LoraSettings, TuneMode, TuneSettings
 from finesight.errors import UserError
 from finesight.model.linear import (
     FusedLinear,
@@ -20,6 +19,7 @@ from finesight.model.linear import (
     iter_adapters,
 )
 from finesight.model.quant.base import find_quantized_weights
+from finesight.settings.config import LoraSettings, TuneMode, TuneSettings
 
 ModelPart = Literal["vision", "merger", "language", "embeddings"]
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.errors import UserError
-from finesight.manifest import MANIFEST_FILE
+from finesight.files.storage import DIGESTS_FILE, open_tensors, verify_folder
 from finesight.model.config import ConfigReader
 from finesight.model.fused_ops import split_outputs
 from finesight.model.layers import MoeExperts
@@ -44,8 +44,8 @@ from finesight.model.vlm import (
     raise_on_failed_allocation,
 )
 from finesight.model_folder import PICKLE_INDEX_FILE, ModelFolder
-from finesight.setting_types import WeightFormat
-from finesight.storage import DIGESTS_FILE, open_tensors, verify_folder
+from finesight.settings.manifest import MANIFEST_FILE
+from finesight.settings.setting_types import WeightFormat
 
 
 @dataclass(frozen=True)

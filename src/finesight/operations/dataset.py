@@ -24,19 +24,19 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.check.check_issues import CheckIssue
-    from finesight.check.check_result import CheckResult
-    from finesight.check.data_checker import CheckInput
-    from finesight.config import Recipe
-    from finesight.data.augmentation import Augmenter
-    from finesight.data.exporter import ExportSummary
-    from finesight.data.image_file import CorruptImageError
-    from finesight.data.import_source import ImportOptions
-    from finesight.data.importer import ImportSummary
-    from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
     from finesight.encode.tokenization import TextTokenizer, TokenizedSample
+    from finesight.ingest.check.check_issues import CheckIssue
+    from finesight.ingest.check.check_result import CheckResult
+    from finesight.ingest.check.data_checker import CheckInput
+    from finesight.ingest.exporter import ExportSummary
+    from finesight.ingest.import_source import ImportOptions
+    from finesight.ingest.importer import ImportSummary
     from finesight.model_folder import ModelFolder
+    from finesight.samples.augmentation import Augmenter
+    from finesight.samples.image_file import CorruptImageError
+    from finesight.samples.sample import LocatedSample
+    from finesight.settings.config import Recipe
     from finesight.train.recipe_check import CheckedRecipe
 
 
@@ -99,13 +99,13 @@ def import_data(
             write nothing. Rows are counted from 1.
         allow_host: Allow downloads of https:// sources and images from this host. Repeatable.
     """
-    from finesight.data.importer import import_dataset
-    from finesight.data.source_fetch import fetch_source
+    from finesight.ingest.importer import import_dataset
     from finesight.ingest.mapping_draft import (
         check_proposal,
         detect_roles,
         draft_of_unfound_media,
     )
+    from finesight.ingest.source_fetch import fetch_source
 
     options = build_import_options(
         reading,
@@ -148,11 +148,11 @@ def _explain_row(
     allow_host: Sequence[str],
 ) -> Outcome[ImportSummary]:
     """Return the roles of a row as lines, and a summary without files."""
-    from finesight.data.importer import ImportSummary
-    from finesight.data.source_fetch import fetch_source
+    from finesight.files.storage import temporary_folder
     from finesight.ingest.explanation import explain_row
+    from finesight.ingest.importer import ImportSummary
     from finesight.ingest.presets import with_preset
-    from finesight.storage import temporary_folder
+    from finesight.ingest.source_fetch import fetch_source
 
     with (
         temporary_folder("explain") as folder,
@@ -176,7 +176,7 @@ def _explain_row(
 
 def build_import_options(reading: TableOptions, **others: Any) -> ImportOptions:
     """Build the options of an import; None stands for the default."""
-    from finesight.data.import_source import ImportOptions
+    from finesight.ingest.import_source import ImportOptions
     from finesight.ingest.mapping_format import load_mapping_format
 
     values: dict[str, Any] = {**reading, **others}
@@ -194,7 +194,7 @@ def format_import(
         options: Options of the import.
         is_detected: Whether the column roles were detected.
     """
-    from finesight.data.formats.dataset_format import NOTE_REPLACED_PROMPT
+    from finesight.ingest.formats.dataset_format import NOTE_REPLACED_PROMPT
 
     detected_by = summary.detected_by
     details = [summary.text_format]
@@ -230,7 +230,7 @@ def format_import(
 
 def _describe_box_format(options: ImportOptions) -> str:
     """Describe a box format that differs from the default, or that no column states."""
-    from finesight.data.formats.table import find_stated_format, get_default_convention
+    from finesight.ingest.formats.table import find_stated_format, get_default_convention
 
     column = options.columns.get("box")
     if column is None or (find_stated_format(column) and not options.box_format):
@@ -267,8 +267,8 @@ def export_data(
         samples: Samples file, as written by `finesight import`.
         copy_images: Copy the images into OUT/images. Default: OUT refers to the images in place.
     """
-    from finesight.data.exporter import export_dataset
-    from finesight.data.sample import LocatedSample, read_samples
+    from finesight.ingest.exporter import export_dataset
+    from finesight.samples.sample import LocatedSample, read_samples
 
     folder = Path(samples).parent
     located_samples = [LocatedSample(sample, folder) for sample in read_samples(Path(samples))]
@@ -342,11 +342,16 @@ def check_data(
         html: Also write an HTML page with the issues, statistics and random samples.
         seed: Random seed of the samples on the HTML page.
     """
-    from finesight.check import check_result, data_checker
-    from finesight.report.data_pages import render_check_page
+    from finesight.files.storage import (
+        check_new_path,
+        check_separate,
+        temporary_folder,
+        write_folder,
+    )
+    from finesight.ingest.check import check_result, data_checker
+    from finesight.ingest.check.check_page import render_check_page
     from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, use_language
-    from finesight.storage import check_new_path, check_separate, temporary_folder, write_folder
 
     options = build_import_options(reading)
     paths = [*map(Path, sources)]
@@ -429,7 +434,7 @@ class _CheckSource:
 
     def propose_fix(self) -> list[Step]:
         """Return the step that writes a corrected copy of the data into a free folder."""
-        from finesight.storage import find_free_path
+        from finesight.files.storage import find_free_path
 
         if self.data is None:
             return []
@@ -449,9 +454,9 @@ def _find_check_source(
     max_length: int | None,
 ) -> _CheckSource:
     """Return the data of a check: of a recipe, or of files."""
-    from finesight.check.data_checker import inputs_from_files, is_recipe
-    from finesight.data.import_source import ImportOptions
     from finesight.infer.model_loader import resolve_model_source
+    from finesight.ingest.check.data_checker import inputs_from_files, is_recipe
+    from finesight.ingest.import_source import ImportOptions
 
     has_defaults = options == ImportOptions()
     is_alone = len(paths) == 1 and has_defaults and not (against or model or max_length)
@@ -473,8 +478,8 @@ def _find_check_source(
 
 def _read_check_recipe(recipe: Path, *, is_alone: bool) -> _CheckSource:
     """Return the data of a recipe with its model. Raises UserError unless it is given alone."""
-    from finesight.check.data_checker import inputs_from_recipe
-    from finesight.recipe import load_recipe
+    from finesight.ingest.check.data_checker import inputs_from_recipe
+    from finesight.settings.recipe import load_recipe
     from finesight.train.recipe_check import check_recipe
 
     if not is_alone:
@@ -498,8 +503,8 @@ def _read_check_recipe(recipe: Path, *, is_alone: bool) -> _CheckSource:
 
 def _check_validation_samples(checked: CheckedRecipe) -> None:
     """Verify that the metric of a recipe fits its validation samples, without custom metrics."""
-    from finesight.data.corpus import load_corpus
     from finesight.evaluate.eval_result import select_eval_samples
+    from finesight.samples.corpus import load_corpus
     from finesight.train.recipe_check import check_eval_references
 
     recipe = checked.recipe
@@ -527,7 +532,7 @@ def build_init_step(data: StrPath, model: str | None = None) -> Step:
 
 def get_init_folder(source: str) -> Path:
     """Return the folder of the recipe that `init` writes by default for a dataset."""
-    from finesight.hub.address import is_hub_address
+    from finesight.files.hub_address import is_hub_address
 
     name = source
     if is_hub_address(source):
@@ -572,12 +577,12 @@ def show(
         html: Write an HTML page with the resized images, boxes and tokens instead of the table. An
             existing page is replaced, but no other file.
     """
-    from finesight.data.corpus import load_corpus
     from finesight.operations.model import token_table_to_dict
-    from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page
     from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, translate, use_language
+    from finesight.samples.corpus import load_corpus
+    from finesight.settings.recipe import load_recipe
     from finesight.train.recipe_check import check_recipe
 
     recipe = Path(recipe)
@@ -652,7 +657,7 @@ def _build_augmenter(
     settings: Recipe, data_name: str, num_variants: int, *, can_augment: bool
 ) -> Augmenter:
     """Return the augmenter of a recipe. Raises UserError for data without variants."""
-    from finesight.data.augmentation import Augmenter
+    from finesight.samples.augmentation import Augmenter
 
     augmenter = Augmenter.from_recipe(settings)
     if augmenter is not None and can_augment:
@@ -676,7 +681,7 @@ def _tokenize_variants(
 
     Without an augmenter, these are the samples themselves.
     """
-    from finesight.data.image_file import CorruptImageError
+    from finesight.samples.image_file import CorruptImageError
 
     variants: list[LocatedSample] = []
     tokenized: list[TokenizedSample] = []

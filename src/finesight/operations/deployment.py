@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from finesight.errors import Step, UserError, format_count
-from finesight.hub.address import HubAddress, is_hub_address, parse_address
+from finesight.files.hub_address import HubAddress, is_hub_address, parse_address
 from finesight.operations.first_guesses import suggest_target
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import DeviceOption, TrustMetricOption
@@ -52,8 +52,8 @@ def download(
 def _propose_use(address: HubAddress, folder: Path) -> list[Step]:
     """Return the next step with a downloaded repository; none for a model that is unsupported."""
     from finesight.encode.renderer_builder import build_renderer
+    from finesight.files.storage import find_free_path
     from finesight.infer.model_loader import resolve_model_source
-    from finesight.storage import find_free_path
 
     if address.repo_type != "model":
         out = find_free_path(Path(address.repo_id.rpartition("/")[2]))
@@ -66,10 +66,10 @@ def _propose_use(address: HubAddress, folder: Path) -> list[Step]:
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
-    from finesight.data.source_fetch import select_repository_files
+    from finesight.files.storage import check_new_path
     from finesight.hub import repository as hub_repository
+    from finesight.ingest.source_fetch import select_repository_files
     from finesight.model_folder import DOWNLOAD_PATTERNS
-    from finesight.storage import check_new_path
 
     if to is not None:
         check_new_path(to)

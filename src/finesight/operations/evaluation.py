@@ -30,15 +30,15 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from finesight.data.image_file import PageRanges
-    from finesight.data.prompt_format import PromptFormat
-    from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
     from finesight.evaluate.regression_guard import GroupResult, LoadedGroup
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
+    from finesight.samples.image_file import PageRanges
+    from finesight.samples.prompt_format import PromptFormat
+    from finesight.samples.sample import LocatedSample
 
 _FORMULA_START = re.compile(r"[=+\-@\t\r](?![\d.,]*$)")
 ANSWER_FILES = ("answers.csv", "answers.jsonl")
@@ -102,8 +102,8 @@ def evaluate(
     from finesight.evaluate.eval_result import select_eval_samples
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
+    from finesight.files.storage import check_new_path, write_new_file
     from finesight.infer.prediction import describe_reduced_batch
-    from finesight.storage import check_new_path, write_new_file
     from finesight.train.run_dir import describe_changed_data
 
     console = ProgressConsole()
@@ -206,9 +206,14 @@ def predict(
         images_per_question: Number of image files in a question, which follow one another. Default:
             that of the training samples of a run, else 1.
     """
+    from finesight.files.storage import (
+        check_new_path,
+        check_writable_folder,
+        write_file,
+        write_folder,
+    )
     from finesight.infer.prediction import describe_reduced_batch, save_annotated_images
     from finesight.infer.prediction import predict as run_prediction
-    from finesight.storage import check_new_path, check_writable_folder, write_file, write_folder
 
     if out is not None:
         check_new_path(Path(out))
@@ -261,7 +266,7 @@ def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
     The 100 most frequent fields of answers that are JSON objects are further columns.
     """
-    from finesight.data.boxes import iter_json_values
+    from finesight.samples.boxes import iter_json_values
 
     stream = io.StringIO(newline="")
     table = csv.writer(stream)
@@ -307,9 +312,9 @@ def _load_samples(
     skipped: SkippedInputs,
 ) -> list[LocatedSample]:
     """Read the samples of a file, or build questions about images."""
-    from finesight.data.image_file import CorruptImageError
-    from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_question
+    from finesight.samples.image_file import CorruptImageError
+    from finesight.samples.sample import LocatedSample, read_samples
 
     if data is not None and prompt is None and not images and images_per_question is None:
         found = read_samples(data, require_answer=False)
@@ -369,7 +374,7 @@ def _group_images(
 
     By default, the pages of a document are a question of their own.
     """
-    from finesight.data.image_file import CorruptImageError, list_pages
+    from finesight.samples.image_file import CorruptImageError, list_pages
 
     if not files:
         return [_ImageGroup("", [])]
@@ -417,8 +422,8 @@ def _group_images(
 
 def _find_images(paths: Sequence[Path]) -> list[Path]:
     """Return image files, and those in folders. Raises UserError if there are none."""
-    from finesight.data.image_file import get_file
     from finesight.label.label_session import list_images
+    from finesight.samples.image_file import get_file
 
     files: list[Path] = []
     for path in paths:
@@ -463,8 +468,8 @@ def report(
         out: HTML page. Default: RUN/report.html.
         incorrect: Also write the incorrect answers of the latest evaluation to this new JSONL file.
     """
+    from finesight.files.storage import check_separate
     from finesight.report.run_page import get_report_file, write_incorrect_predictions, write_report
-    from finesight.storage import check_separate
 
     page_file = get_report_file(Path(run), to_path(out))
     page_file.check()
@@ -539,9 +544,9 @@ def guard(
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
     """
     from finesight.evaluate import regression_guard
-    from finesight.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
+    from finesight.files.storage import write_file
     from finesight.report.run_page import get_report_file, write_report
-    from finesight.storage import write_file
+    from finesight.settings.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
     from finesight.train.finalize import format_differences
 
     run_dir = find_run_dir(Path(run))
@@ -627,9 +632,9 @@ def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[st
 
     The base model of a LoRA adapter is the same model without the adapter.
     """
-    from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
     from finesight.model.lora.multi import detach_adapter
     from finesight.model_folder import locate_model
+    from finesight.settings.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 
     manifest = load_manifest(find_run_dir(Path(run)) / MANIFEST_FILE)
     model = load_model(run, **loading).value.inference_model
@@ -652,7 +657,7 @@ def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[st
 
 def _propose_replay(recipe: Path) -> Step:
     """Return the training of a run with general samples among its own."""
-    from finesight.recipe import load_recipe
+    from finesight.settings.recipe import load_recipe
 
     files = load_recipe(recipe).data.train
     entries = [one.model_dump(mode="json", exclude_defaults=True) for one in files]

@@ -43,14 +43,14 @@ from finesight.operations.training import GpusOption, build_train_step, plan, tr
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.check.check_result import CheckResult
-    from finesight.data.import_source import DetectedColumns, ImportOptions, ImportSource
-    from finesight.data.importer import ImportSummary
-    from finesight.data.row_reader import SourceRow
-    from finesight.data.sample import Sample
     from finesight.evaluate.prediction_file import ScoredPrediction
+    from finesight.ingest.check.check_result import CheckResult
+    from finesight.ingest.import_source import DetectedColumns, ImportOptions, ImportSource
+    from finesight.ingest.importer import ImportSummary
+    from finesight.ingest.row_reader import SourceRow
     from finesight.plan.run_plan import RunPlan
-    from finesight.recipe_template import DetectedTask, StartModel
+    from finesight.samples.sample import Sample
+    from finesight.settings.recipe_template import DetectedTask, StartModel
     from finesight.train.finalize import RunResult
 
 Ask = Callable[[str, str], str]
@@ -128,12 +128,12 @@ def init(
         objective: Training by rewards, on sampled responses instead of the answers. It needs a
             model that is sometimes right, such as a merged run. Default: by the data.
     """
-    from finesight.data.source_fetch import fetch_source
+    from finesight.files.storage import check_new_path
+    from finesight.ingest.source_fetch import fetch_source
     from finesight.metric_components import METRICS
     from finesight.plan.plan_format import format_short_plan
     from finesight.plan.run_plan import refuse_gpus
-    from finesight.recipe_template import format_recipe
-    from finesight.storage import check_new_path
+    from finesight.settings.recipe_template import format_recipe
 
     _require_task(metric)
     source = str(data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", ask))
@@ -236,7 +236,7 @@ def _require_task(metric: str | None) -> None:
 
 def _describe_model(model: str, *, is_suggested: bool) -> tuple[StartModel, UserError | None]:
     """Return the start model of a run, and the error of loading it."""
-    from finesight.recipe_template import StartModel
+    from finesight.settings.recipe_template import StartModel
     from finesight.train.recipe_check import describe_start
 
     try:
@@ -253,8 +253,8 @@ def _warn_of_missing_images(
     summary: ImportSummary, num_rows: int, console: ProgressConsole
 ) -> None:
     """Print a warning if many rows have no readable image."""
-    from finesight.data.image_file import CorruptImageError
-    from finesight.data.importer import REASON_BY_ERROR
+    from finesight.ingest.importer import REASON_BY_ERROR
+    from finesight.samples.image_file import CorruptImageError
 
     num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
     if num_without_image > MAX_MISSING_FRACTION * num_rows:
@@ -264,7 +264,7 @@ def _warn_of_missing_images(
 
 def _split_rows(options: ImportOptions, opened: ImportSource) -> ImportOptions:
     """Return the options with a share of the rows for validation, unless there are few rows."""
-    from finesight.recipe_template import NUM_EVAL_ROWS
+    from finesight.settings.recipe_template import NUM_EVAL_ROWS
 
     num_rows = opened.rows.num_rows
     if num_rows < MIN_SPLIT_ROWS or opened.rows.eval_start not in (None, num_rows):
@@ -277,7 +277,7 @@ def _import_split(
     path: Path, out: Path, options: ImportOptions, console: ProgressConsole
 ) -> tuple[ImportSummary, ImportOptions]:
     """Import a dataset, without a validation split if its rows cannot be split."""
-    from finesight.data.importer import SplitError, import_dataset
+    from finesight.ingest.importer import SplitError, import_dataset
 
     with console.activity("importing the data"):
         options = replace(options, requires_most_images=True)
@@ -305,7 +305,7 @@ def _write_planned_recipe(
     Returns:
         The plan, or the error with which training refuses the recipe. Both may be missing.
     """
-    from finesight.storage import write_file
+    from finesight.files.storage import write_file
 
     write_file(recipe, format_file(()).encode())
     if unavailable is not None:
@@ -336,7 +336,7 @@ def _format_data(
     source: str, summary: ImportSummary, options: ImportOptions, *, is_detected: bool
 ) -> list[str]:
     """Return the lines about the imported data."""
-    from finesight.data.formats.table import format_media_options
+    from finesight.ingest.formats.table import format_media_options
 
     heading, *details = format_import(source, summary, options, is_detected=is_detected)
     if not summary.has_media:
@@ -361,7 +361,7 @@ def _format_check(checked: Outcome[CheckResult]) -> list[str]:
 
 def _find_problem(recipe: Path, console: ProgressConsole) -> UserError | None:
     """Return the error with which training would refuse a recipe; None if it accepts it."""
-    from finesight.recipe import load_recipe
+    from finesight.settings.recipe import load_recipe
     from finesight.train.recipe_check import check_training
 
     try:
@@ -395,7 +395,7 @@ def _list_run_steps(
 def _list_model_steps(recipe: Path, model: str, task: DetectedTask) -> list[Step]:
     """Propose steps without the model of a recipe, which cannot be downloaded."""
     from finesight.model_folder import TINY_MODEL
-    from finesight.recipe_template import get_learning_rates
+    from finesight.settings.recipe_template import get_learning_rates
 
     folder = model.rpartition("/")[2].partition("@")[0]
     learning_rate = get_learning_rates(task)[1]
@@ -411,8 +411,8 @@ def _list_model_steps(recipe: Path, model: str, task: DetectedTask) -> list[Step
 
 def _format_example(file: Path) -> str:
     """Format question and answer of the first sample of a file."""
-    from finesight.data.corpus import open_sample_source
-    from finesight.data.sample import BoxPart, ContentPart, TextPart, list_coordinates
+    from finesight.samples.corpus import open_sample_source
+    from finesight.samples.sample import BoxPart, ContentPart, TextPart, list_coordinates
 
     def format_part(part: ContentPart) -> str:
         if isinstance(part, BoxPart):
@@ -503,8 +503,8 @@ def _confirm_columns(
     Args:
         keeps_fields: Whether fields remain fields if only one column is named.
     """
-    from finesight.data.role_proposal import format_values
     from finesight.ingest.mapping_draft import check_proposal
+    from finesight.ingest.role_proposal import format_values
 
     confirmed = dict(columns)
     shown = ""
@@ -544,14 +544,14 @@ def _detect_task(
     Returns:
         Task, import options and opened dataset.
     """
-    from finesight.data.formats.row_keys import UnsupportedMediaError
-    from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
+    from finesight.files.storage import temporary_folder
+    from finesight.ingest.formats.row_keys import UnsupportedMediaError
+    from finesight.ingest.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.ingest.mapping_draft import draft_of_unfound_media
     from finesight.metric_components import METRICS
-    from finesight.recipe_template import detect_task
-    from finesight.storage import temporary_folder
+    from finesight.settings.recipe_template import detect_task
 
     samples: list[Sample] = []
     opened = open_source(path, options)
@@ -602,7 +602,7 @@ def _complete_prompt(task: DetectedTask, opened: ImportSource, *, is_preview: bo
         is_preview: The task was detected from a part of the rows, which may lack classes.
     """
     from finesight.metric_components import METRICS
-    from finesight.recipe_template import format_class_prompt
+    from finesight.settings.recipe_template import format_class_prompt
 
     label = opened.column_map.get("label")
     if label is not None and opened.column_map.get("question") == label:
@@ -619,8 +619,8 @@ def _complete_prompt(task: DetectedTask, opened: ImportSource, *, is_preview: bo
 
 def _build_task_error(path: Path, metric: str, samples: Sequence[Sample]) -> UserError:
     """Build the error of answers without a question that may be those of two tasks."""
-    from finesight.data.sample import join_text
     from finesight.metric_components import METRICS
+    from finesight.samples.sample import join_text
 
     options: list[str] = []
     for name in (metric, METRICS[metric].suggestion.alternative):
@@ -654,11 +654,11 @@ def _read_classes(opened: ImportSource) -> set[str]:
 
 def _reject_unrecognized_images(opened: ImportSource) -> None:
     """Raise UserError if a dataset that was read as text only contains columns with images."""
-    from finesight.data.formats.conversation_rows import TURN_KEYS
-    from finesight.data.formats.dataset_format import IMAGE_KEYS, VIDEO_KEYS, decode_json_lists
-    from finesight.data.formats.table import suggest_mapping
-    from finesight.data.image_file import is_image_value
-    from finesight.data.import_source import NUM_PREVIEW_ROWS
+    from finesight.ingest.formats.conversation_rows import TURN_KEYS
+    from finesight.ingest.formats.dataset_format import IMAGE_KEYS, VIDEO_KEYS, decode_json_lists
+    from finesight.ingest.formats.table import suggest_mapping
+    from finesight.ingest.import_source import NUM_PREVIEW_ROWS
+    from finesight.samples.image_file import is_image_value
 
     def has_image(value: object) -> bool:
         if is_image_value(value):
@@ -697,8 +697,8 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
 
 def _find_nested_image(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the path of the first image inside another value; empty without one."""
-    from finesight.data.formats.row_keys import iter_nested
-    from finesight.data.image_file import is_image_value
+    from finesight.ingest.formats.row_keys import iter_nested
+    from finesight.samples.image_file import is_image_value
 
     for record in records:
         for path, _, value in iter_nested(record):
@@ -709,9 +709,9 @@ def _find_nested_image(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
     """Format the question about all objects with their classes; None for too many classes."""
-    from finesight.data.formats.dataset_format import escape_placeholders
-    from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
-    from finesight.data.formats.table import list_labels
+    from finesight.ingest.formats.image_annotations import DETECTION_PROMPT
+    from finesight.ingest.formats.table import list_labels
+    from finesight.samples.default_prompts import MAX_PROMPT_CLASSES, escape_placeholders
 
     names = list_labels(opened.iter_rows(), label)
     if not 0 < len(names) <= MAX_PROMPT_CLASSES:
@@ -774,7 +774,7 @@ def quickstart(
         out: Folder for all files.
     """
     from finesight.evaluate.prediction_file import read_predictions
-    from finesight.manifest import PREDICTIONS_FOLDER
+    from finesight.settings.manifest import PREDICTIONS_FOLDER
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
     out = Path(out)
@@ -832,10 +832,10 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
 
     Raises UserError if `out` contains other files.
     """
+    from finesight.files.storage import has_content, write_file
     from finesight.infer.model_loader import select_cpu_precision
     from finesight.model_folder import TINY_MODEL
-    from finesight.recipe_template import DetectedTask, StartModel, format_recipe
-    from finesight.storage import has_content, write_file
+    from finesight.settings.recipe_template import DetectedTask, StartModel, format_recipe
 
     recipe = out / "recipe.yaml"
     num_samples = plan.num_images - plan.num_eval_rows
@@ -879,7 +879,7 @@ def _format_result(
     new_answers: Sequence[ScoredPrediction],
 ) -> Iterator[str]:
     """Yield label and predictions of each ticket, before and after training, and the scores."""
-    from finesight.manifest import REPORT_FILE
+    from finesight.settings.manifest import REPORT_FILE
 
     yield "5. Predictions for validation tickets"
     for old, new in zip(old_answers, new_answers, strict=True):

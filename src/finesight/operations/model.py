@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from finesight.data.memory_samples import AnySample, ImageInput
-    from finesight.data.prompt_format import PromptFormat
-    from finesight.data.sample import LocatedSample, Message
     from finesight.encode.tokenization import (
         EncodedSample,
         TextTokenizer,
@@ -36,6 +33,9 @@ if TYPE_CHECKING:
     from finesight.export.model_card import VerifiedMerge
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
+    from finesight.samples.memory_samples import AnySample, ImageInput
+    from finesight.samples.prompt_format import PromptFormat
+    from finesight.samples.sample import LocatedSample, Message
 
 IGNORE_INDEX = -100
 """Label of tokens that do not count in the loss.
@@ -180,8 +180,8 @@ class Model:
         Raises:
             UserError: See `generate`.
         """
-        from finesight.data.memory_samples import locate_samples
         from finesight.infer.prediction import predict
+        from finesight.samples.memory_samples import locate_samples
 
         check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
         return predict(
@@ -231,7 +231,7 @@ class Model:
         Raises:
             UserError: An image is corrupt, or a box is outside its image.
         """
-        from finesight.data.memory_samples import locate_samples
+        from finesight.samples.memory_samples import locate_samples
 
         renderer = self.inference_model.renderer
         (located,) = locate_samples([sample])
@@ -261,13 +261,13 @@ class Model:
         Raises:
             UserError: A sample is invalid, or the metric is missing or fails.
         """
-        from finesight.data.memory_samples import (
+        from finesight.evaluate.python_functions import read_function, use_functions
+        from finesight.operations import find_operation
+        from finesight.samples.memory_samples import (
             convert_samples,
             open_session_store,
             write_sample_file,
         )
-        from finesight.evaluate.python_functions import read_function, use_functions
-        from finesight.operations import find_operation
 
         data: StrPath | None = None
         if samples is None or isinstance(samples, str | os.PathLike):
@@ -296,9 +296,9 @@ class Model:
             UserError: The folder exists, or the run has an adapter and fully trained parts.
         """
         from finesight.export.hf_files import list_files, list_model_files
+        from finesight.files.storage import DIGESTS_FILE, write_folder
         from finesight.infer.model_loader import resolve_model_source
-        from finesight.manifest import MANIFEST_FILE, find_manifest_file
-        from finesight.storage import DIGESTS_FILE, write_folder
+        from finesight.settings.manifest import MANIFEST_FILE, find_manifest_file
 
         source = resolve_model_source(self.name)
         folder = source.adapter or source.folder.path
@@ -354,8 +354,8 @@ def get_model_name(run_or_model: StrPath | Model) -> str:
 
 def get_prompt_format(run_or_model: StrPath | Model) -> PromptFormat:
     """Return the form of questions to a model, which need not be loaded."""
-    from finesight.data.prompt_format import PromptFormat
     from finesight.model_folder import resolve_model_path
+    from finesight.samples.prompt_format import PromptFormat
 
     if isinstance(run_or_model, Model):
         return run_or_model.inference_model.get_prompt_format()
@@ -408,7 +408,7 @@ def build_question(images: ImageInput | Sequence[ImageInput], prompt: str) -> Lo
         UserError: A file is missing, or not an image or video, or the prompt has another number of
             `<image>` than there are images.
     """
-    from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT
+    from finesight.samples.prompt_format import DEFAULT_PROMPT_FORMAT
 
     return _build_question(images, prompt, DEFAULT_PROMPT_FORMAT)
 
@@ -416,13 +416,13 @@ def build_question(images: ImageInput | Sequence[ImageInput], prompt: str) -> Lo
 def _build_question(
     images: ImageInput | Sequence[ImageInput], prompt: str, prompt_format: PromptFormat
 ) -> LocatedSample:
-    from finesight.data.memory_samples import (
+    from finesight.infer.prediction import build_question as build_sample
+    from finesight.samples.memory_samples import (
         check_text,
         list_images,
         open_session_store,
         save_images,
     )
-    from finesight.infer.prediction import build_question as build_sample
 
     check_text(prompt, "prompt")
     if images is None:

@@ -479,7 +479,7 @@ def _suggest_argument(
     operation: Callable[..., object], name: str, value: object, parameters: Sequence[Parameter]
 ) -> str:
     """Return the proposal for an unknown argument: the right one, or the list of all."""
-    from finesight.recipe import suggest_override
+    from finesight.settings.recipe import suggest_override
 
     known = {one.name: one for one in parameters}
     options: dict[str, str] = {}

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypedDict
 
-from finesight.data.format_names import list_format_names
 from finesight.errors import UserError
+from finesight.ingest.format_names import list_format_names
 from finesight.operations.operation import Parameter, StrPath
 
 RunOrModelArgument = Annotated[

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finesight.errors import Step, TrainingInterrupted, UserError, console_format
+from finesight.files.storage import is_written_folder, remove_folder, write_folder
 from finesight.operations.operation import StrPath, format_call
-from finesight.storage import is_written_folder, remove_folder, write_folder
 
 if TYPE_CHECKING:
-    from finesight.data.memory_samples import AnySample
     from finesight.evaluate.python_functions import PythonFunction
+    from finesight.samples.memory_samples import AnySample
     from finesight.train.callbacks import Callback
     from finesight.train.finalize import RunResult
     from finesight.train.run_dir import RunDir
@@ -76,7 +76,7 @@ def train(
     """
     from finesight.evaluate.python_functions import read_function, use_functions
     from finesight.operations.training import train as train_recipe
-    from finesight.recipe import recipe_from_dict
+    from finesight.settings.recipe import recipe_from_dict
     from finesight.train.callbacks import check_callbacks
     from finesight.train.run_dir import RunDir
 
@@ -114,7 +114,7 @@ def train(
 
 def build_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of a recipe, in which `train` has the settings without a section."""
-    from finesight.config import Recipe
+    from finesight.settings.config import Recipe
 
     recipe: dict[str, Any] = {}
     train_settings: dict[str, Any] = {}
@@ -204,7 +204,7 @@ def read_world_size() -> int:
 
 def _check_single_process(functions: Sequence[str], world_size: int) -> None:
     """Verify that one process trains if it calls functions of the program."""
-    from finesight.config import PYTHON_PREFIX
+    from finesight.settings.config import PYTHON_PREFIX
 
     if world_size == 1 or not functions:
         return
@@ -296,7 +296,7 @@ def _check_available(run_dir: RunDir, *, resume: bool) -> None:
 
 def write_samples(run_dir: RunDir, splits: Splits) -> None:
     """Write samples and images to the folder of the run."""
-    from finesight.data.memory_samples import (
+    from finesight.samples.memory_samples import (
         ImageStore,
         check_samples,
         convert_samples,
@@ -314,7 +314,7 @@ def write_samples(run_dir: RunDir, splits: Splits) -> None:
 
 def _compare_samples(run_dir: RunDir, splits: Splits) -> None:
     """Verify that samples are those of a run."""
-    from finesight.data.memory_samples import ImageStore, convert_samples, find_changed_sample
+    from finesight.samples.memory_samples import ImageStore, convert_samples, find_changed_sample
 
     store = ImageStore(run_dir.samples_dir, is_read_only=True)
     for name, split in splits.items():
@@ -354,7 +354,7 @@ def translate_remedies() -> Iterator[None]:
 
 def _translate_start(text: str) -> str:
     """Convert the name of a setting at the start of a text to that of an argument."""
-    from finesight.recipe import list_setting_names
+    from finesight.settings.recipe import list_setting_names
 
     match = re.match(r"(?:train\.|eval\.(?=metric))([a-z_]+)(?![\w/-])", text)
     if match is None:

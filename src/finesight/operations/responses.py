@@ -13,8 +13,8 @@ from itertools import groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from finesight.bounded_files import read_json_object
 from finesight.errors import Remedy, Step, UserError, format_count, suggest_similar_path
+from finesight.files.bounded_files import read_json_object
 from finesight.operations.dataset import build_init_step
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import EXIT_SKIPPED, Outcome, Parameter, SkippedInputs, StrPath
@@ -28,12 +28,12 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.config import DataFileSettings
-    from finesight.data.sample import ContentPart, LocatedSample
     from finesight.evaluate.prediction_file import ScoredPrediction
     from finesight.evaluate.reward_scorer import RewardScorer
     from finesight.infer.model_loader import InferenceModel
     from finesight.reward_components import RewardSettings
+    from finesight.samples.sample import ContentPart, LocatedSample
+    from finesight.settings.config import DataFileSettings
 
     Answer = tuple[ContentPart, ...]
     Responses = dict[str, list[tuple[float, Answer | None]]]
@@ -83,8 +83,8 @@ def sample(
 
     from finesight.encode.answer_lengths import describe_truncation
     from finesight.evaluate.reward_scorer import RewardScorer, describe_unscored
-    from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
-    from finesight.storage import check_new_path, find_free_path, write_file, write_folder
+    from finesight.files.storage import check_new_path, find_free_path, write_file, write_folder
+    from finesight.settings.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
     from finesight.train.recipe_check import check_rewards
 
     name = get_model_name(run_or_model)
@@ -153,9 +153,9 @@ def sample(
 
 def _read_questions(data: Path, limit: int | None) -> list[LocatedSample]:
     """Read samples. Raises UserError for an equal ID of two samples, or one without a reference."""
-    from finesight.data.formats.json_annotations import count_ids
-    from finesight.data.sample import LocatedSample, read_samples
     from finesight.evaluate.eval_case import get_reference_answer
+    from finesight.ingest.formats.json_annotations import count_ids
+    from finesight.samples.sample import LocatedSample, read_samples
 
     samples = [LocatedSample(one, data.parent) for one in read_samples(data)[:limit]]
     count_ids("samples", (one.sample.id for one in samples), data)
@@ -238,7 +238,7 @@ def _summarize_scores(responses: Responses) -> dict[str, float]:
 
 def _has_pairs(samples: Sequence[LocatedSample], verdicts: Verdicts) -> bool:
     """Return whether `pairs` would write a pair."""
-    from finesight.storage import temporary_folder
+    from finesight.files.storage import temporary_folder
 
     rows: list[Row] = []
     for located in samples:
@@ -260,12 +260,12 @@ def _generate_responses(
     batch_size: int,
 ) -> str:
     """Return the responses to each sample as lines of a prediction file, without scores."""
-    from finesight.data.image_file import CorruptImageError
     from finesight.encode.answer_lengths import describe_cut_answers, measure_answers
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.prediction_file import create_case, format_prediction_line
     from finesight.infer.prediction import describe_reduced_batch, predict
     from finesight.infer.request import SamplingParams
+    from finesight.samples.image_file import CorruptImageError
 
     renderer = inference_model.renderer
     lengths = measure_answers(renderer, samples)
@@ -300,12 +300,12 @@ def _generate_responses(
 
 def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence[RewardSettings]:
     """Return the rewards that the user has named, or those of a run."""
-    from finesight.config import parse_reward
     from finesight.evaluate import custom_metric
-    from finesight.manifest import RECIPE_FILE
     from finesight.metric_components import METRICS
-    from finesight.recipe import load_recipe
     from finesight.reward_components import REWARDS
+    from finesight.settings.config import parse_reward
+    from finesight.settings.manifest import RECIPE_FILE
+    from finesight.settings.recipe import load_recipe
 
     rewards: Sequence[RewardSettings] = ()
     file = run / RECIPE_FILE
@@ -361,10 +361,10 @@ def pairs(
         labels: Write one sample per response, with the label true or false instead of pairs.
         min_score: Lowest score of a correct response.
     """
-    from finesight.data.corpus import load_corpus
-    from finesight.data.formats.json_annotations import count_ids
+    from finesight.files.storage import check_new_path
+    from finesight.ingest.formats.json_annotations import count_ids
     from finesight.label.label_store import JOURNAL_FILE, read_labels, read_verdicts
-    from finesight.storage import check_new_path
+    from finesight.samples.corpus import load_corpus
 
     source = Path(source)
     out = Path(out)
@@ -417,8 +417,8 @@ def pairs(
 
 def _get_length_option(source: Path) -> str:
     """Return the name of the limit of the responses of a source."""
-    from finesight.manifest import RECIPE_FILE, RESPONSES_FILE
-    from finesight.recipe import load_recipe
+    from finesight.settings.manifest import RECIPE_FILE, RESPONSES_FILE
+    from finesight.settings.recipe import load_recipe
 
     if not (source / RECIPE_FILE).is_file():
         return "--max-new-tokens"
@@ -432,8 +432,8 @@ def _get_length_option(source: Path) -> str:
 def _find_model(source: Path) -> str | None:
     """Return the run or model whose answers a source contains; None if it is unknown."""
     from finesight.label.label_store import JOURNAL_FILE, read_suggesters
-    from finesight.manifest import MANIFEST_FILE, SAMPLING_FILE, find_weights
     from finesight.model_folder import check_model_path
+    from finesight.settings.manifest import MANIFEST_FILE, SAMPLING_FILE, find_weights
 
     names: list[str] = []
     if (source / SAMPLING_FILE).is_file():
@@ -470,9 +470,9 @@ def _find_responses(
     source: Path, data: StrPath | None
 ) -> tuple[Path, Sequence[DataFileSettings], Sequence[float]]:
     """Return the file of responses, the files of their samples, and the weights of the rewards."""
-    from finesight.config import DataFileSettings
-    from finesight.manifest import PREDICTIONS_FOLDER, RECIPE_FILE, RESPONSES_FILE
-    from finesight.recipe import load_recipe
+    from finesight.settings.config import DataFileSettings
+    from finesight.settings.manifest import PREDICTIONS_FOLDER, RECIPE_FILE, RESPONSES_FILE
+    from finesight.settings.recipe import load_recipe
 
     names = (source / RESPONSES_FILE, source / PREDICTIONS_FOLDER / "after.jsonl", source)
     file = next((one for one in names if one.is_file()), source)
@@ -528,8 +528,8 @@ def read_responses(file: Path, weights: Sequence[float] = ()) -> Responses:
 
 def _build_content(response: ScoredPrediction) -> Answer:
     """Return the text of a response, with its boxes as parts if the reference has boxes, too."""
-    from finesight.data.sample import TextPart
     from finesight.infer.chat_session import split_answer
+    from finesight.samples.sample import TextPart
 
     case = response.case
     record = response.record
@@ -576,8 +576,8 @@ def write_answers(file: Path, rows: Iterable[Row], folder: Path) -> int:
     Args:
         folder: Folder to which the paths in the file are relative.
     """
-    from finesight.data.sample import Message, validate_sample, write_samples
     from finesight.label.label_store import relocate_sample
+    from finesight.samples.sample import Message, validate_sample, write_samples
 
     written = []
     for located, content, update in rows:

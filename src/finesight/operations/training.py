@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from finesight.errors import Step, UserError, format_count
-from finesight.hub.address import parse_address
+from finesight.files.hub_address import parse_address
 from finesight.launch import DEFAULT_LAUNCHER
 from finesight.operations import launch_options
 from finesight.operations.model import list_gpus
@@ -28,12 +28,12 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
     from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
     from finesight.launch.trial_search import SearchRecord
     from finesight.plan.run_plan import RunPlan
-    from finesight.recipe import Overrides
+    from finesight.settings.config import Recipe
+    from finesight.settings.recipe import Overrides
     from finesight.train.callbacks import Callback
     from finesight.train.finalize import RunResult
 else:
@@ -105,7 +105,7 @@ def plan(
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.plan.plan_format import format_plan, plan_to_dict
     from finesight.plan.run_plan import plan_run
-    from finesight.recipe import load_recipe
+    from finesight.settings.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
     settings = load_recipe(Path(recipe), overrides or ())
@@ -167,8 +167,8 @@ def _can_resume(settings: Recipe, changes: Sequence[str], precision: str) -> boo
         changes: Overrides of a plan.
         precision: Precision of the plan, which must be that of the run.
     """
-    from finesight.manifest import RECIPE_FILE
-    from finesight.recipe import load_recipe
+    from finesight.settings.manifest import RECIPE_FILE
+    from finesight.settings.recipe import load_recipe
     from finesight.train.run_dir import RunDir
     from finesight.train.setup import MUTABLE_SETTINGS
 
@@ -384,10 +384,10 @@ def train(
 
 def list_next_steps(settings: Recipe) -> list[Step]:
     """Return the operations that use a finished run, with the reason for the proposed one."""
-    from finesight.data.example_question import read_example
     from finesight.report.run_reader import read_run
     from finesight.report.run_verdict import judge_run
     from finesight.report.summary import is_native_run
+    from finesight.samples.example_question import read_example
 
     run = str(settings.output_dir)
     run_record = read_run(settings.output_dir, with_plugins=False)
@@ -413,7 +413,7 @@ def _load_recipe(
     recipe: StrPath | Recipe | Mapping[str, Any], overrides: Overrides
 ) -> tuple[Recipe, Path | None]:
     """Return settings and their file."""
-    from finesight.recipe import load_recipe, recipe_from_dict
+    from finesight.settings.recipe import load_recipe, recipe_from_dict
 
     if isinstance(recipe, str | Path):
         file = Path(recipe)
@@ -442,8 +442,8 @@ def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:
     Raises UserError if the folder has no recipe, or if the recipe writes to another folder: a run
     that was moved or copied would continue elsewhere.
     """
-    from finesight.manifest import RECIPE_FILE
-    from finesight.recipe import load_recipe
+    from finesight.settings.manifest import RECIPE_FILE
+    from finesight.settings.recipe import load_recipe
 
     file = folder / RECIPE_FILE
     if not file.is_file():
@@ -521,7 +521,12 @@ def search(
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.evaluate.metric_difference import align_columns
     from finesight.launch import trial_search
-    from finesight.recipe import SEARCH_SECTION, load_recipe, parse_recipe, read_recipe_text
+    from finesight.settings.recipe import (
+        SEARCH_SECTION,
+        load_recipe,
+        parse_recipe,
+        read_recipe_text,
+    )
     from finesight.train.recipe_check import check_recipe
 
     file = Path(recipe)

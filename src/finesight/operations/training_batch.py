@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finesight.data.sample import Sample
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
@@ -20,6 +19,7 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import GeneratedToken
 from finesight.progress import ProgressConsole
+from finesight.samples.sample import Sample
 from finesight.train.objectives.response_objective import find_responses
 from finesight.train.rollout import join_responses, split_responses
 from finesight.train.step_dataset import StepDataset, read_steps

@@ -25,17 +25,6 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from finesight.data.memory_samples import (
-    AnySample,
-    ImageStore,
-    convert_samples,
-    locate_samples,
-    open_session_store,
-    write_sample_file,
-)
-from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT
-from finesight.data.sample import LocatedSample
-from finesight.data.sample import Sample as FileSample
 from finesight.encode.batch import PackedBatch
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import pack, plan_sample_packs
@@ -44,12 +33,12 @@ from finesight.encode.tokenization import find_sample_error
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.evaluate.prediction_file import create_case
+from finesight.files.storage import verify_folder, write_folder
 from finesight.infer.prediction import (
     NUM_READER_THREADS,
     ResponseSampler,
     build_prediction,
 )
-from finesight.manifest import MANIFEST_FILE
 from finesight.model.backend import as_native
 from finesight.model.linear import disable_dropout, stacked_row_counts
 from finesight.model.lora.peft_io import save_adapter
@@ -73,8 +62,19 @@ from finesight.operations.training_batch import (
     pack_group,
 )
 from finesight.progress import ProgressConsole
-from finesight.recipe import recipe_from_dict
-from finesight.storage import verify_folder, write_folder
+from finesight.samples.memory_samples import (
+    AnySample,
+    ImageStore,
+    convert_samples,
+    locate_samples,
+    open_session_store,
+    write_sample_file,
+)
+from finesight.samples.prompt_format import DEFAULT_PROMPT_FORMAT
+from finesight.samples.sample import LocatedSample
+from finesight.samples.sample import Sample as FileSample
+from finesight.settings.manifest import MANIFEST_FILE
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.checkpoint import (
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -108,8 +108,8 @@ from finesight.train.setup import (
 from finesight.train.step import forward_backward, micro_batch_seed
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
     from finesight.infer.request import GeneratedToken, GenerationRequest
+    from finesight.settings.config import Recipe
 
 LOOP_SETTINGS = (
     "epochs",

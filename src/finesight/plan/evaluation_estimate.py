@@ -7,13 +7,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finesight.config import EVAL_BATCH_SIZE, EvalSettings, Recipe
 from finesight.infer.engine import KV_CACHE_BYTES
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.plan.dry_run import plan_step_packs
 from finesight.plan.settings_search import PlannedModel
 from finesight.plan.step_time import TargetDevice
+from finesight.settings.config import EVAL_BATCH_SIZE, EvalSettings, Recipe
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from torch import Tensor, nn
 
-from finesight.config import TrainSettings
 from finesight.infer.kv_cache import get_kv_bytes_per_token
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
@@ -19,6 +18,7 @@ from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepMemory, StepTracer
 from finesight.plan.sharded_memory import FP32_BYTES, RankLayout, ShardedModel, shard_model
+from finesight.settings.config import TrainSettings
 from finesight.train.cuda_graphs import MAX_GRAPHS, has_few_trainable_params, should_capture
 from finesight.train.graph_buffers import (
     GraphShape,

@@ -17,7 +17,6 @@ from statistics import median
 import torch
 from torch import nn
 
-from finesight.config import Precision, Recipe, VisionCacheMode
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_device, select_cpu_precision
@@ -58,6 +57,7 @@ from finesight.plan.step_time import (
 )
 from finesight.progress import ProgressConsole
 from finesight.report.summary import format_duration
+from finesight.settings.config import Precision, Recipe, VisionCacheMode
 from finesight.train.dataset_stats import DatasetStats, SampleStats
 from finesight.train.flops import FlopCounter
 from finesight.train.parallel.distributed import count_launched_ranks

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import product
 from typing import get_args
 
-from finesight.config import ParallelMode, QuantizablePart, Recipe
 from finesight.errors import UserError
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.plan.evaluation_estimate import estimate_generation_bytes
@@ -27,6 +26,7 @@ from finesight.plan.settings_search import (
     build_planned_model,
 )
 from finesight.plan.step_time import TargetDevice, extend_to_gpus
+from finesight.settings.config import ParallelMode, QuantizablePart, Recipe
 from finesight.train.dataset_stats import DatasetStats, SampleStats
 from finesight.train.flops import FlopCounter
 from finesight.train.setup import check_sharding, estimate_sample_cost

@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 
-from finesight.config import ParallelMode, QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.encode.renderer import require_native
 from finesight.errors import UserError
@@ -42,6 +41,7 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.sharded_memory import GPUS_PER_MACHINE, RankLayout
 from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, average_step_times
+from finesight.settings.config import ParallelMode, QuantizablePart, Recipe
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision

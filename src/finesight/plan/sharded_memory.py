@@ -15,9 +15,9 @@ from itertools import chain
 import torch
 from torch import nn
 
-from finesight.config import ParallelMode
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
+from finesight.settings.config import ParallelMode
 from finesight.train.parallel.fsdp_units import (
     find_replicated_params,
     is_frozen_fp32,

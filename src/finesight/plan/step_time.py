@@ -22,7 +22,6 @@ from typing import Literal
 
 import torch
 
-from finesight.config import Device, Precision
 from finesight.errors import UserError
 from finesight.host_memory import total_memory
 from finesight.infer.model_loader import resolve_device, resolve_precision
@@ -37,6 +36,7 @@ from finesight.model.weights_io import DTYPES
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
 from finesight.plan.peak_memory import PersistentMemory, plan_graph
 from finesight.plan.sharded_memory import FP32_BYTES, GPUS_PER_MACHINE
+from finesight.settings.config import Device, Precision
 from finesight.train.flops import FlopBreakdown, FlopCounter, measure_peak_flops
 from finesight.train.logging import get_device_name
 from finesight.train.prefetch import default_num_workers

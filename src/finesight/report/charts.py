@@ -12,8 +12,8 @@ from operator import itemgetter
 from statistics import mean
 from typing import Any, Literal
 
-from finesight.check.check_issues import HistogramCounts
 from finesight.metric_components import PAIR_METRICS
+from finesight.report.histogram_counts import HistogramCounts
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     IntervalBounds,

@@ -9,10 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from finesight.check.check_issues import HistogramCounts, count_half_octaves
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.metric_difference import align_columns
 from finesight.evaluate.score_format import format_score_change
+from finesight.files.worker_pool import JobOutput
 from finesight.metric_components import VALIDATION_LOSS, get_metric, get_score
 from finesight.report import metric_rows, summary
 from finesight.report.charts import (
@@ -35,6 +35,7 @@ from finesight.report.comparison import (
     read_compared_runs,
 )
 from finesight.report.examples import ExampleDataBuilder, ExampleSet
+from finesight.report.histogram_counts import HistogramCounts, count_half_octaves
 from finesight.report.html import PageFile, render_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
@@ -53,7 +54,6 @@ from finesight.report.run_reader import (
     list_image_folders,
 )
 from finesight.report.run_verdict import RunVerdict
-from finesight.worker_pool import JobOutput
 
 IGNORED_SETTINGS = {"output_dir"}
 """Settings that are not compared because they always differ."""

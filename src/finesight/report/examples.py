@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.image_file import MAX_IMAGE_PIXELS, CorruptImageError, get_file, read_image_size
-from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import BOUNDED, UNBOUNDED, ScoreEstimator, estimate_mean
 from finesight.evaluate.eval_case import EvalCase
@@ -38,6 +36,13 @@ from finesight.report.html import build_inline_image
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import format_metric_name
 from finesight.report.run_reader import JsonObject, as_object, is_finite, read_json_lines
+from finesight.samples.image_file import (
+    MAX_IMAGE_PIXELS,
+    CorruptImageError,
+    get_file,
+    read_image_size,
+)
+from finesight.samples.sample import BoxPart
 from finesight.vision.image_processing import load_image
 
 EXAMPLE_KINDS = ("worse", "better", "wrong", "right")

@@ -21,8 +21,8 @@ from PIL import Image
 
 from finesight import __version__
 from finesight.errors import UserError
+from finesight.files.storage import check_new_path, find_free_path, write_file
 from finesight.report.i18n import LANGUAGE_TAGS, get_language, get_translations, translate_markup
-from finesight.storage import check_new_path, find_free_path, write_file
 
 JPEG_QUALITY = 88
 

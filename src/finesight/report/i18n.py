@@ -17,7 +17,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from finesight.bounded_files import load_yaml
+from finesight.files.bounded_files import load_yaml
 
 Language = Literal["en", "zh"]
 

@@ -14,13 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finesight.data.image_file import get_file
 from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import is_converter_installed
 from finesight.evaluate.metrics.classification.score import OTHER_CLASS
 from finesight.evaluate.regression_guard import GROUP_RESULTS, GroupResult
 from finesight.evaluate.text_metrics import fold_text
-from finesight.manifest import REPORT_FILE, RESPONSES_FILE
+from finesight.files.storage import check_new_path, write_new_file
 from finesight.metric_components import get_metric
 from finesight.report import metric_rows, summary
 from finesight.report.charts import build_run_charts
@@ -54,7 +53,8 @@ from finesight.report.run_reader import (
 )
 from finesight.report.run_verdict import find_prediction_files, judge_run, select_evaluations
 from finesight.report.summary import get_run_status
-from finesight.storage import check_new_path, write_new_file
+from finesight.samples.image_file import get_file
+from finesight.settings.manifest import REPORT_FILE, RESPONSES_FILE
 
 GENERIC_NAMES = ("run", "out", "output", "outputs")
 """Folder names that do not identify a run: the title includes the parent folder."""

@@ -15,16 +15,20 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from finesight import bounded_files
-from finesight.bounded_files import (
+from finesight.errors import UserError, suggest_similar_path
+from finesight.files import bounded_files
+from finesight.files.bounded_files import (
     MAX_FILE_BYTES,
     MAX_LINE_BYTES,
     load_yaml,
     parse_json,
     read_text,
 )
-from finesight.errors import UserError, suggest_similar_path
-from finesight.manifest import (
+from finesight.files.storage import DIGESTS_FILE
+from finesight.metric_components import METRICS, get_metric
+from finesight.objective_components import DEFAULT_OBJECTIVE
+from finesight.optimizer_components import DEFAULT_OPTIMIZER
+from finesight.settings.manifest import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     GUARD_FILE,
@@ -39,10 +43,6 @@ from finesight.manifest import (
     find_newest_checkpoint,
     require_run_plugins,
 )
-from finesight.metric_components import METRICS, get_metric
-from finesight.objective_components import DEFAULT_OBJECTIVE
-from finesight.optimizer_components import DEFAULT_OPTIMIZER
-from finesight.storage import DIGESTS_FILE
 
 JsonObject = dict[str, Any]
 """JSON object of a run: a record of a step, an evaluation or a prediction."""

@@ -18,7 +18,6 @@ from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.metric_difference import MetricDifference, count_correct
 from finesight.evaluate.score_format import format_score
 from finesight.evaluate.verdict import Verdict
-from finesight.manifest import RECIPE_FILE, find_next_run_dir
 from finesight.metric_components import get_score
 from finesight.report import summary
 from finesight.report.examples import AnswerCounts, estimate_differences, read_examples
@@ -42,6 +41,7 @@ from finesight.report.run_reader import (
     pair_evaluations,
     rank_equal_sets,
 )
+from finesight.settings.manifest import RECIPE_FILE, find_next_run_dir
 
 CONCLUSIONS: dict[Verdict, str] = {
     "better": "better in {}",

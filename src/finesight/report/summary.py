@@ -16,8 +16,6 @@ from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from finesight.config import DataSettings, Recipe, TrainFileSettings
-from finesight.data.example_question import ExampleQuestion, read_public_example
 from finesight.errors import Step, UserError
 from finesight.evaluate.score_format import format_score
 from finesight.evaluate.verdict import (
@@ -27,10 +25,8 @@ from finesight.evaluate.verdict import (
     judge_difference,
 )
 from finesight.family_components import FAMILIES
-from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
 from finesight.metric_components import get_score
 from finesight.progress import MAX_DATA_WAIT_FRACTION
-from finesight.recipe import recipe_from_run
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     IntervalBounds,
@@ -46,6 +42,10 @@ from finesight.report.run_reader import (
     list_comparable_evaluations,
 )
 from finesight.reward_components import REWARDS
+from finesight.samples.example_question import ExampleQuestion, read_public_example
+from finesight.settings.config import DataSettings, Recipe, TrainFileSettings
+from finesight.settings.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
+from finesight.settings.recipe import recipe_from_run
 
 NOT_RECORDED = "not recorded"
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finesight.config import PixelRange
+from finesight.settings.config import PixelRange
 
 ImageSize = tuple[int, int]
 """Height and width in pixels."""

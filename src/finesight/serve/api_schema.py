@@ -20,10 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from finesight.data.image_file import MAX_IMAGE_PIXELS
-from finesight.data.sample import DEFAULT_FPS
 from finesight.encode.family import MAX_SAMPLED_FRAMES, MIN_SAMPLED_FRAMES, ThinkingOptions
 from finesight.errors import UserError
+from finesight.samples.image_file import MAX_IMAGE_PIXELS
+from finesight.samples.sample import DEFAULT_FPS
 
 MIB = 2**20
 

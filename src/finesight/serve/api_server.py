@@ -25,6 +25,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from finesight.encode.renderer import NativeRenderer
+from finesight.files.storage import temporary_folder
+from finesight.files.worker_pool import WorkerPool
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.backend import as_native
@@ -51,8 +53,6 @@ from finesight.serve.request_middleware import (
     ServerMetrics,
 )
 from finesight.serve.request_preprocessor import ConstraintFactory
-from finesight.storage import temporary_folder
-from finesight.worker_pool import WorkerPool
 
 QUIET_LOGGERS = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")
 """Loggers of libraries that may log client addresses or content, and so log warnings only."""

@@ -22,20 +22,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from finesight.data.sample import (
-    TOOL_CALL_END,
-    TOOL_CALL_START,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-    ToolCallPart,
-    parse_tool_call,
-)
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.tokenization import EncodedSample, TextTokenizer
 from finesight.errors import UserError, shorten
+from finesight.files.worker_pool import WorkerPool
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
 from finesight.infer.prediction import Prediction, box_to_dict
 from finesight.infer.request import (
@@ -46,6 +36,17 @@ from finesight.infer.request import (
     GenerationOptions,
 )
 from finesight.samples.frames import ImageSize
+from finesight.samples.sample import (
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    ToolCallPart,
+    parse_tool_call,
+)
 from finesight.serve.api_schema import (
     ApiError,
     ChatCompletionParameters,
@@ -73,7 +74,6 @@ from finesight.serve.request_preprocessor import (
     RequestPreprocessor,
     WorkerConstraint,
 )
-from finesight.worker_pool import WorkerPool
 
 
 @dataclass(slots=True)

@@ -22,22 +22,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from finesight.data.boxes import clip_box
-from finesight.data.formats.image_annotations import (
+from finesight.errors import UserError
+from finesight.ingest.formats.image_annotations import (
     CAPTION_PROMPT,
     DETECTION_PROMPT,
     POINTS_PROMPT,
-    build_class_prompt,
     format_prompt,
 )
-from finesight.data.formats.label_studio import (
+from finesight.ingest.formats.label_studio import (
     SPOTTING_PROMPT,
     LabelControl,
     build_answer_result,
     build_region_results,
 )
-from finesight.data.row_reader import Record
-from finesight.errors import UserError
+from finesight.ingest.row_reader import Record
+from finesight.samples.boxes import clip_box
+from finesight.samples.default_prompts import build_class_prompt
 from finesight.samples.frames import Box
 from finesight.serve.api_schema import ApiError, from_user_error
 from finesight.serve.chat_completions import (

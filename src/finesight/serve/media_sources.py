@@ -22,13 +22,13 @@ from urllib.parse import unquote, urlsplit
 import httpx2
 
 from finesight import __version__
-from finesight.bounded_files import open_regular_file, parse_json
-from finesight.data.formats.label_studio import get_local_path
-from finesight.data.image_file import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
-from finesight.hub.address import is_offline
+from finesight.files.bounded_files import open_regular_file, parse_json
+from finesight.files.hub_address import is_offline
 from finesight.hub.bounded_request import ResponseLimitError, read_content
 from finesight.hub.download import is_allowed_url, is_public_address, join_url, parse_int
+from finesight.ingest.formats.label_studio import get_local_path
+from finesight.samples.image_file import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.serve.api_schema import ApiError, ServerLimits
 
 FILE_PURPOSE = "vision"

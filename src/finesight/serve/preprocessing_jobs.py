@@ -1,7 +1,7 @@
 """Jobs of the worker processes: parsing, tokenization, image decoding and grammars.
 
 The first argument of each job is the `WorkerState` of its process. `serve.request_preprocessor`
-runs the jobs in a `finesight.worker_pool.WorkerPool`.
+runs the jobs in a `finesight.files.worker_pool.WorkerPool`.
 
 Messages become turns of a sample, which the renderer of the model formats as in training.
 """
@@ -19,12 +19,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.bounded_files import parse_json
-from finesight.data.boxes import POINT_KEY
-from finesight.data.formats.label_studio import LabelControl, parse_label_config
-from finesight.data.image_file import list_pages, read_image_size
-from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
-from finesight.data.sample import (
+from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
+from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.encode.tokenization import (
+    EncodedSample,
+    TokenizedSample,
+    pack_tokenized,
+    unpack_tokenized,
+)
+from finesight.errors import UserError
+from finesight.files.bounded_files import parse_json
+from finesight.files.worker_pool import JobOutput, WorkerLostError, WorkerPool
+from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
+from finesight.ingest.formats.label_studio import LabelControl, parse_label_config
+from finesight.samples.boxes import POINT_KEY
+from finesight.samples.image_file import list_pages, read_image_size
+from finesight.samples.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
+from finesight.samples.sample import (
     VIDEO_SUFFIXES,
     ContentPart,
     ImagePart,
@@ -38,17 +49,7 @@ from finesight.data.sample import (
     is_video_path,
     validate_sample,
 )
-from finesight.data.video_file import read_video_header
-from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
-from finesight.encode.renderer import NativeRenderer, Renderer
-from finesight.encode.tokenization import (
-    EncodedSample,
-    TokenizedSample,
-    pack_tokenized,
-    unpack_tokenized,
-)
-from finesight.errors import UserError
-from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
+from finesight.samples.video_file import read_video_header
 from finesight.serve.api_schema import (
     MAX_URL_CHARS,
     ApiError,
@@ -67,7 +68,6 @@ from finesight.serve.api_schema import (
     check_limits,
     parse_chat_request,
 )
-from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 GrammarSpec = tuple[str, tuple[Any, ...]]
 """Grammar for structured output: its kind in `compile_grammar`, and its arguments."""

@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.credentials import Credentials, read_secret_file
 from finesight.errors import UserError
+from finesight.files.worker_pool import WorkerJobError
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.request import TokenUsage
 from finesight.serve.api_schema import (
@@ -43,7 +44,6 @@ from finesight.serve.api_schema import (
     internal_error,
 )
 from finesight.serve.http_protocol import ABORT_STATE_KEY, SIGNED_IN_KEY, is_loopback
-from finesight.worker_pool import WorkerJobError
 
 LOGGER = logging.getLogger("finesight.serve")
 API_KEY_VARIABLE = "FINESIGHT_KEY"

@@ -24,8 +24,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.image_file import split_page
-from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.tokenization import (
     EncodedSample,
@@ -34,8 +32,17 @@ from finesight.encode.tokenization import (
     unpack_tokenized,
 )
 from finesight.errors import UserError
+from finesight.files.worker_pool import (
+    JobCancellation,
+    JobOutput,
+    Worker,
+    WorkerLostError,
+    WorkerPool,
+)
 from finesight.infer.request import DecodingConstraint
 from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask
+from finesight.samples.image_file import split_page
+from finesight.samples.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.serve.api_schema import (
     ApiError,
     ChatCompletionParameters,
@@ -55,7 +62,6 @@ from finesight.serve.preprocessing_jobs import (
     tokenize_sample,
 )
 from finesight.vision.image_processing import concat_patches
-from finesight.worker_pool import JobCancellation, JobOutput, Worker, WorkerLostError, WorkerPool
 
 MAX_CHARS_PER_TOKEN = 16
 """Maximum number of characters per token of the context length, checked before tokenization."""

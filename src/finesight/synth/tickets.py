@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from finesight.storage import write_folder
+from finesight.files.storage import write_folder
 from finesight.synth.drawing import load_builtin_font
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from finesight.data.image_file import CorruptImageError, read_image_size
-from finesight.data.sample import BoxPart
 from finesight.infer.prediction import draw_boxes
 from finesight.report.examples import pair_predictions, read_boxes, read_image_paths
 from finesight.report.run_reader import JsonObject
 from finesight.samples.frames import rescale
+from finesight.samples.image_file import CorruptImageError, read_image_size
+from finesight.samples.sample import BoxPart
 from finesight.track.tracker_records import TrackedImage
 from finesight.vision.image_processing import load_image
 

@@ -25,11 +25,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from finesight.bounded_files import read_bytes
-from finesight.config import Recipe, TrackerKind
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.manifest import TRACKING_FOLDER
-from finesight.storage import write_file
+from finesight.files.bounded_files import read_bytes
+from finesight.files.storage import write_file
+from finesight.settings.config import Recipe, TrackerKind
+from finesight.settings.manifest import TRACKING_FOLDER
 from finesight.track.tracker import Tracker
 from finesight.track.tracker_records import (
     AlertLevel,

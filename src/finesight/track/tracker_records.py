@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from finesight.config import TrackerSettings
+from finesight.settings.config import TrackerSettings
 
 REDACTED = "[removed]"
 

@@ -23,11 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finesight.bounded_files import read_bytes
-from finesight.config import TrainSettings
 from finesight.errors import Remedy, UserError
 from finesight.evaluate.eval_result import BestEval
-from finesight.storage import (
+from finesight.files.bounded_files import read_bytes
+from finesight.files.storage import (
     move_folder,
     open_tensors,
     remove_folder,
@@ -36,6 +35,7 @@ from finesight.storage import (
     verify_folder,
     write_folder,
 )
+from finesight.settings.config import TrainSettings
 from finesight.train.master_weight_optimizer import LazyTensors, resolve_steps
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup

@@ -24,20 +24,20 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finesight.config import DataFileSettings, DataSettings, Recipe
-from finesight.data.corpus import Corpus, draw_subset, load_corpus
-from finesight.data.image_file import CorruptImageError, get_file, resolve_content
-from finesight.data.prompt_format import PromptFormat
-from finesight.data.question_forms import read_prompt_format
-from finesight.data.sample import LocatedSample, Sample, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import find_sample_error
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
+from finesight.files.storage import write_file
 from finesight.progress import ProgressCallback, ProgressConsole
-from finesight.storage import write_file
+from finesight.samples.corpus import Corpus, draw_subset, load_corpus
+from finesight.samples.image_file import CorruptImageError, get_file, resolve_content
+from finesight.samples.prompt_format import PromptFormat
+from finesight.samples.question_forms import read_prompt_format
+from finesight.samples.sample import LocatedSample, Sample, list_media_paths
+from finesight.settings.config import DataFileSettings, DataSettings, Recipe
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sample_scan import scan_samples
 from finesight.train.sampler import StepSampler

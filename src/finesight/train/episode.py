@@ -15,13 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finesight.data.sample import (
-    TOOL_CALL_TEXT,
-    ImagePart,
-    LocatedSample,
-    join_text,
-    parse_tool_call,
-)
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
@@ -36,6 +29,13 @@ from finesight.evaluate.eval_case import ReferenceAnswer
 from finesight.infer.block_manager import hash_images
 from finesight.infer.prediction import box_to_dict
 from finesight.infer.request import GeneratedToken, GenerationRequest
+from finesight.samples.sample import (
+    TOOL_CALL_TEXT,
+    ImagePart,
+    LocatedSample,
+    join_text,
+    parse_tool_call,
+)
 from finesight.train.rollout import append_response, list_ids
 
 MAX_CALLS = 8

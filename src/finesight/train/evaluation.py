@@ -21,12 +21,12 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from finesight.config import EvalSettings
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_result import EvalResult, select_eval_samples
+from finesight.files.storage import write_file
 from finesight.progress import ProgressCallback
-from finesight.storage import write_file
+from finesight.settings.config import EvalSettings
 from finesight.train.master_weight_optimizer import resolve_steps
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, retry_on_oom
 from finesight.train.pack_oom import translate_pack_oom

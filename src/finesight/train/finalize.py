@@ -15,8 +15,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from finesight.bounded_files import read_bytes
-from finesight.config import ImageRule
 from finesight.encode.renderer import is_native
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate import custom_metric
@@ -32,14 +30,16 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.score_format import format_score, format_score_change
-from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
+from finesight.files.bounded_files import read_bytes
+from finesight.files.storage import write_file, write_folder
 from finesight.model.backend import save_auto_model
 from finesight.model.backend_model import BackendModel
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
-from finesight.storage import write_file, write_folder
+from finesight.settings.config import ImageRule
+from finesight.settings.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.evaluation import load_eval_history
 from finesight.train.param_audit import ParamChange, format_param_changes

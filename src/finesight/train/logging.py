@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from finesight.check.check_issues import count_half_octaves
 from finesight.encode.batch import PackedBatch
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import note_lines
@@ -32,6 +31,7 @@ from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.weights_io import count_unquantized_layers
 from finesight.progress import StepProgress
+from finesight.report.histogram_counts import count_half_octaves
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.callbacks import CallbackList
 from finesight.train.dataset_stats import join_names

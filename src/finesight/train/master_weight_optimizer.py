@@ -32,7 +32,6 @@ import torch
 from torch import Tensor, nn
 
 from finesight.components import SettingsT
-from finesight.config import TrainSettings
 from finesight.errors import UserError, format_count
 from finesight.host_memory import keep_out_of_forks
 from finesight.model.kernels import param_tiles
@@ -45,7 +44,8 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.optimizer_components import DEFAULT_OPTIMIZER, OPTIMIZERS
-from finesight.setting_types import StepsOrFraction
+from finesight.settings.config import TrainSettings
+from finesight.settings.setting_types import StepsOrFraction
 
 LARGE_PARAM_ELEMENTS = 1 << 20
 """Number of elements from which a parameter's gradient is accumulated by an autograd hook.

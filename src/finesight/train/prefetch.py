@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from finesight.errors import UserError
-from finesight.worker_pool import exit_with_parent
+from finesight.files.worker_pool import exit_with_parent
 
 Item = TypeVar("Item")
 

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from finesight.config import QuantizeSettings, Recipe, TuneSettings
-from finesight.data.sample import Sample
 from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
 from finesight.errors import Step, UserError
@@ -29,9 +27,9 @@ from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import CALL_SECONDS, RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
 from finesight.family_components import FAMILIES
-from finesight.hub.address import is_offline
+from finesight.files.hub_address import is_offline
+from finesight.files.storage import require_free_space
 from finesight.infer.model_loader import resolve_device, resolve_model_source
-from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import AdapterMismatchError, load_trainable_adapter, read_adapter
 from finesight.model.quant.fp8 import require_fp8_support
@@ -41,9 +39,11 @@ from finesight.model.weights_io import build_checked_model, build_meta_model
 from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_path
 from finesight.objective_components import OBJECTIVES, Needs
 from finesight.progress import ProgressConsole
-from finesight.recipe_template import StartModel, describe_run
 from finesight.reward_components import RewardSettings
-from finesight.storage import require_free_space
+from finesight.samples.sample import Sample
+from finesight.settings.config import QuantizeSettings, Recipe, TuneSettings
+from finesight.settings.manifest import MANIFEST_FILE, find_run_dir, load_manifest
+from finesight.settings.recipe_template import StartModel, describe_run
 from finesight.tracker_components import require_trackers
 from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import TrainingData, list_image_paths, load_training_data

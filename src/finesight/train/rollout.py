@@ -15,12 +15,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from finesight.data.sample import LocatedSample
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer.block_manager import append_tokens, hash_images
 from finesight.infer.prediction import NUM_READER_THREADS, FollowUp, ResponseSampler
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.backend import as_native
+from finesight.samples.sample import LocatedSample
 from finesight.train.state import TrainState
 from finesight.train.step_batch import SkippedSample, StepBatch
 from finesight.train.step_dataset import IndexedSample

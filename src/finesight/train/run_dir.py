@@ -13,11 +13,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
-from finesight.bounded_files import parse_json, read_lines
-from finesight.config import Recipe
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
-from finesight.manifest import (
+from finesight.files.bounded_files import parse_json, read_lines
+from finesight.files.storage import (
+    FileLock,
+    append_line,
+    flush_file,
+    is_written_folder,
+    make_folder,
+    remove_partial_files,
+    translate_os_errors,
+    truncate_file,
+    write_file,
+)
+from finesight.settings.config import Recipe
+from finesight.settings.manifest import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     IMAGES_FILE,
@@ -35,19 +46,8 @@ from finesight.manifest import (
     find_next_run_dir,
     find_run_dir,
 )
-from finesight.recipe import dump_recipe
-from finesight.setting_types import MAX_COUNT
-from finesight.storage import (
-    FileLock,
-    append_line,
-    flush_file,
-    is_written_folder,
-    make_folder,
-    remove_partial_files,
-    translate_os_errors,
-    truncate_file,
-    write_file,
-)
+from finesight.settings.recipe import dump_recipe
+from finesight.settings.setting_types import MAX_COUNT
 
 Split = Literal["train", "eval"]
 
@@ -373,10 +373,10 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def describe_changed_data(run: str) -> str:
     """Describe a change of the validation data since a run started; empty without a change."""
     # Training does not need these modules.
-    from finesight.data.corpus import load_corpus
-    from finesight.recipe import load_recipe
     from finesight.report.run_reader import read_run
     from finesight.report.summary import get_data_stats
+    from finesight.samples.corpus import load_corpus
+    from finesight.settings.recipe import load_recipe
 
     folder = find_run_dir(Path(run))
     for name in (MANIFEST_FILE, RECIPE_FILE):

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.config import TrainSettings
+from finesight.settings.config import TrainSettings
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.distributed import ProcessGroup
 
 if TYPE_CHECKING:
-    from finesight.data.corpus import Corpus
+    from finesight.samples.corpus import Corpus
 
 _WITHIN_SOURCE = 0
 _ACROSS_SOURCES = 1

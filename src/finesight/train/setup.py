@@ -15,16 +15,13 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe, TrainSettings, find_section_owner
-from finesight.data.augmentation import Augmenter
-from finesight.data.prompt_format import PromptFormat
 from finesight.encode.context_shard import SampleShape
 from finesight.encode.renderer import Renderer, is_native
 from finesight.errors import UserError
 from finesight.evaluate.python_functions import hash_functions
 from finesight.family_components import FAMILIES
+from finesight.files.storage import sha256_file
 from finesight.infer.model_loader import resolve_device, resolve_precision
-from finesight.manifest import Manifest
 from finesight.metric_components import METRICS
 from finesight.model.backend import as_native, load_auto_model
 from finesight.model.backend_model import BackendModel
@@ -39,7 +36,10 @@ from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
 from finesight.reward_components import REWARDS, RewardSettings
-from finesight.storage import sha256_file
+from finesight.samples.augmentation import Augmenter
+from finesight.samples.prompt_format import PromptFormat
+from finesight.settings.config import Recipe, TrainSettings, find_section_owner
+from finesight.settings.manifest import Manifest
 from finesight.tracker_components import TRACKERS
 from finesight.train.checkpoint import (
     Checkpoint,

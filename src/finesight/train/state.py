@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finesight.config import PixelLimits, PixelRange, Recipe
 from finesight.encode.renderer import Renderer
 from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
 from finesight.objective_components import get_accepted_samples
 from finesight.progress import ProgressConsole
-from finesight.setting_types import StepsOrFraction
+from finesight.settings.config import PixelLimits, PixelRange, Recipe
+from finesight.settings.manifest import Manifest
+from finesight.settings.setting_types import StepsOrFraction
 from finesight.train.checkpoint import (
     Checkpoint,
     CheckpointManager,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from finesight.data.line_index import UnreadableFileError
 from finesight.encode.batch import PackedBatch
 from finesight.encode.context_shard import ContextShard
 from finesight.encode.packing import pack, plan_sample_packs
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
+from finesight.samples.line_index import UnreadableFileError
 from finesight.train.prefetch import prefetch_items
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.train.step_batch import SkippedSample, StepBatch
@@ -23,10 +23,10 @@ from finesight.train.vision_cache import VisionCacheReader
 from finesight.vision.image_processing import concat_shape
 
 if TYPE_CHECKING:
-    from finesight.data.augmentation import Augmenter
-    from finesight.data.corpus import Corpus
-    from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
+    from finesight.samples.augmentation import Augmenter
+    from finesight.samples.corpus import Corpus
+    from finesight.samples.sample import LocatedSample
 
 
 IndexedSample = tuple[int, EncodedSample]

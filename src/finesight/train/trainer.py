@@ -12,11 +12,11 @@ from dataclasses import replace
 from itertools import chain, starmap
 from typing import TYPE_CHECKING, TypeVar
 
-from finesight.data.line_index import UnreadableFileError
 from finesight.errors import TrainingInterrupted, TrainingStopped
 from finesight.evaluate.eval_result import find_best_eval
 from finesight.evaluate.score_function import RewardError, ScoringError
-from finesight.storage import require_free_space
+from finesight.files.storage import require_free_space
+from finesight.samples.line_index import UnreadableFileError
 from finesight.train.callbacks import CallbackError
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,

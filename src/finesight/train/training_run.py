@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from finesight.config import PYTHON_PREFIX, Recipe
 from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError, console_format
 from finesight.evaluate.python_functions import hash_functions
-from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, load_manifest
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
-from finesight.setting_types import StepsOrFraction
+from finesight.settings.config import PYTHON_PREFIX, Recipe
+from finesight.settings.manifest import MANIFEST_FILE, RECIPE_FILE, load_manifest
+from finesight.settings.recipe import load_recipe
+from finesight.settings.setting_types import StepsOrFraction
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.callbacks import Callback, CallbackList, check_callbacks
 from finesight.train.dataset_stats import save_tensors

@@ -31,13 +31,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finesight.config import VisionCacheMode
-from finesight.data.image_file import CorruptImageError
-from finesight.data.line_index import UnreadableFileError
 from finesight.encode.context_shard import ContextShard
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
-from finesight.storage import FileLock, make_folder, open_tensors, translate_os_errors
+from finesight.files.storage import FileLock, make_folder, open_tensors, translate_os_errors
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.line_index import UnreadableFileError
+from finesight.settings.config import VisionCacheMode
 
 CHUNK_PATCHES = 16384
 """Number of patches at which a chunk ends; limits the memory for encoding it."""

@@ -31,8 +31,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from finesight.data.corpus import Corpus
-from finesight.data.image_file import CorruptImageError, sha256_content
 from finesight.encode.batch import pad_patches
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import TokenizedSample, VisualSpan, iter_video_runs
@@ -43,6 +41,8 @@ from finesight.model.backend import as_native
 from finesight.model.backend_model import BackendModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressCallback
+from finesight.samples.corpus import Corpus
+from finesight.samples.image_file import CorruptImageError, sha256_content
 from finesight.train.device_timing import record_event
 from finesight.train.oom import first_error_line, release_memory
 from finesight.train.prefetch import prefetch_items

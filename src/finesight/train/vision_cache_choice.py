@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from finesight.config import VisionCacheMode
 from finesight.encode.context_shard import SampleShape
+from finesight.settings.config import VisionCacheMode
 from finesight.train.dataset_stats import DatasetStats
 from finesight.train.flops import FlopCounter
 

@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finesight.config import ExactSize, ImageRule, ImageSettings, LongestSide, PixelRange
-from finesight.data.image_file import (
+from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+from finesight.samples.frames import ImageSize, smart_resize
+from finesight.samples.image_file import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
     build_corrupt_error,
@@ -27,9 +29,7 @@ from finesight.data.image_file import (
     read_exif_orientation,
     read_image_size,
 )
-from finesight.errors import UserError
-from finesight.model_folder import ModelFolder
-from finesight.samples.frames import ImageSize, smart_resize
+from finesight.settings.config import ExactSize, ImageRule, ImageSettings, LongestSide, PixelRange
 
 _EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finesight.data.image_file import CorruptImageError, decode_image, list_pages, sha256_content
-from finesight.data.sample import is_video_path
-from finesight.data.video_file import iter_video_frames, read_video_header, read_visual_size
 from finesight.errors import UserError
+from finesight.files.worker_pool import JobOutput, WorkerLostError, WorkerPool
 from finesight.samples.frames import ImageSize
+from finesight.samples.image_file import CorruptImageError, decode_image, list_pages, sha256_content
+from finesight.samples.sample import is_video_path
+from finesight.samples.video_file import iter_video_frames, read_video_header, read_visual_size
 from finesight.vision.image_processing import load_image
-from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 MAX_IMAGE_CPU_S = 4.0
 """CPU seconds to decode an image of up to `LIMITED_PIXELS` and to encode a copy of it."""

@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finesight.bounded_files import read_json_object
-from finesight.config import ExactSize, ImageRule, PixelRange
+from finesight.files.bounded_files import read_json_object
 from finesight.model_folder import PREPROCESSOR_FILE, PROCESSOR_FILE, ModelFolder
+from finesight.settings.config import ExactSize, ImageRule, PixelRange
 from finesight.vision.image_processing import compute_resized_size, load_patch_config
 
 

@@ -17,13 +17,13 @@ from lora_fixtures import (
 )
 from safetensors.torch import load_file
 
+from finesight.files.storage import verify_folder
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.merge import Precision
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import verify_folder
 
 SAMPLES = [hf_reference.make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)]
 

@@ -35,15 +35,15 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finesight import pattern_matcher
-from finesight.config import TuneSettings
 from finesight.errors import UserError
+from finesight.files import pattern_matcher
+from finesight.files.pattern_matcher import PatternMatcher
 from finesight.model.families import to_layer_name
 from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora import peft_io
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
-from finesight.pattern_matcher import PatternMatcher
+from finesight.settings.config import TuneSettings
 
 SAMPLES = [
     make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4),

@@ -23,8 +23,6 @@ from tiny_model import TINY_PRESETS, TinyFamily, create_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finesight.config import EvalSettings
-from finesight.data.sample import LocatedSample, read_samples
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
@@ -41,7 +39,9 @@ from finesight.model.quant.base import (
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
-from finesight.setting_types import WeightFormat
+from finesight.samples.sample import LocatedSample, read_samples
+from finesight.settings.config import EvalSettings
+from finesight.settings.setting_types import WeightFormat
 
 CPU = torch.device("cpu")
 FORMATS: list[WeightFormat] = [kind for kind in get_args(WeightFormat) if kind != "auto"]

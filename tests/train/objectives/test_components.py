@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import finesight
-from finesight.bounded_files import load_yaml
 from finesight.errors import UserError
+from finesight.files.bounded_files import load_yaml
 from finesight.objective_components import (
     DEFAULT_OBJECTIVE,
     OBJECTIVES,
@@ -19,7 +19,7 @@ from finesight.objective_components import (
     get_accepted_samples,
     suggest_objectives,
 )
-from finesight.recipe import recipe_from_dict
+from finesight.settings.recipe import recipe_from_dict
 
 SOURCE = Path(finesight.__file__).parent
 RECIPE = {"model": "m", "data": {"train": "train.jsonl"}, "output_dir": "run"}
@@ -31,7 +31,7 @@ for name in ("torch", "numpy", "transformers", "PIL"):
 from finesight.cli.app import run_command
 from finesight.objective_components import OBJECTIVES
 from finesight.operations import OPERATIONS
-from finesight.recipe import dump_recipe, recipe_from_dict
+from finesight.settings.recipe import dump_recipe, recipe_from_dict
 
 for component in OBJECTIVES.list_built_in():
     recipe = RECIPE | {"train": {"objective": component.name}}

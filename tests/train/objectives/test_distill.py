@@ -13,7 +13,7 @@ from finesight.errors import UserError
 from finesight.plan.plan_format import format_plan
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole
-from finesight.recipe import recipe_from_dict
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.objectives.distill import Settings
 from finesight.train.objectives.distill.loss import compute_divergence, generalized_jsd
 

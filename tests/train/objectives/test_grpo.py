@@ -19,8 +19,6 @@ from torch import Tensor
 from vision_cache_fixtures import make_train_state
 
 from finesight import api
-from finesight.config import Recipe
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import TrainingInterrupted, UserError
@@ -31,6 +29,8 @@ from finesight.model.trainable import trainable_parameters
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
 from finesight.samples.frames import rescale
+from finesight.samples.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
+from finesight.settings.config import Recipe
 from finesight.train.objectives.grpo import Settings
 from finesight.train.objectives.grpo.loss import (
     GrpoObjective,

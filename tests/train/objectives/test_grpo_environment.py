@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
 
-from finesight.data.sample import ToolCallPart
 from finesight.errors import UserError
 from finesight.evaluate.custom_metric import check_recipe_metric
 from finesight.evaluate.environment import Environment
-from finesight.recipe import load_recipe, recipe_from_dict
+from finesight.samples.sample import ToolCallPart
+from finesight.settings.recipe import load_recipe, recipe_from_dict
 
 ENVIRONMENT = """
 class Letters:

@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import assert_same_run, edit_samples
 
-from finesight.config import TuneSettings
-from finesight.data.sample import LocatedSample, Message, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole
-from finesight.recipe import recipe_from_dict
+from finesight.samples.sample import LocatedSample, Message, TextPart
+from finesight.settings.config import TuneSettings
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.dataset_stats import MismatchedCorpus
 from finesight.train.objectives import kto
 from finesight.train.objectives.kto.loss import KtoObjective, compute_kto_losses

@@ -14,9 +14,7 @@ import yaml
 from plugin_fixtures import install, write_package
 
 from finesight.components import Component, ComponentRegistry, SettingProblem, join_problems
-from finesight.config import PixelRange, TuneSettings
 from finesight.errors import UserError
-from finesight.manifest import Manifest
 from finesight.objective_components import (
     OBJECTIVES,
     Needs,
@@ -26,9 +24,11 @@ from finesight.objective_components import (
 )
 from finesight.operations.first_guesses import suggest_command
 from finesight.plugins import PluginRecord, require_plugins
-from finesight.recipe import dump_recipe, load_recipe, recipe_from_dict
 from finesight.report.run_reader import RunRecord
 from finesight.report.summary import load_run_recipe
+from finesight.settings.config import PixelRange, TuneSettings
+from finesight.settings.manifest import Manifest
+from finesight.settings.recipe import dump_recipe, load_recipe, recipe_from_dict
 from finesight.train.recipe_check import build_objective
 
 RECIPE: dict[str, Any] = {"model": "m", "data": {"train": "train.jsonl"}, "output_dir": "run"}
@@ -39,7 +39,7 @@ from pydantic import BaseModel, BeforeValidator
 from finesight.components import SettingProblem
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling, Teacher
 from pathlib import Path
-from finesight.setting_types import ExpandedPath, SettingsSection
+from finesight.settings.setting_types import ExpandedPath, SettingsSection
 from finesight.train.objectives.objective import Objective
 
 class Settings(SettingsSection):

@@ -25,9 +25,9 @@ from finesight.errors import UserError
 from finesight.objective_components import SampleKind, suggest_objectives
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole
-from finesight.recipe import recipe_from_dict
 from finesight.report.data_pages import render_sample_page
 from finesight.report.run_page import render_run_page
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.objectives import dpo, orpo, simpo
 from finesight.train.objectives.dpo.loss import compute_pair_losses

@@ -23,7 +23,7 @@ import sys
 for name in ("torch", "numpy", "transformers", "PIL"):
     sys.modules[name] = None  # an import fails
 from finesight.optimizer_components import OPTIMIZERS
-from finesight.recipe import dump_recipe, recipe_from_dict
+from finesight.settings.recipe import dump_recipe, recipe_from_dict
 
 recipe = {"model": "m", "data": {"train": "train.jsonl"}, "output_dir": "run"}
 for name in OPTIMIZERS:

@@ -6,11 +6,11 @@ from case_files import load_cases
 from tiny_model import create_tiny_model
 from torch import Tensor, nn
 
-from finesight.config import TrainSettings, TuneSettings
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import TrainSettings, TuneSettings
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.optim.muon import update
 from finesight.train.optim.muon.update import ADAMW_RMS, Muon, newton_schulz

@@ -9,7 +9,7 @@ from plugin_fixtures import install, write_package
 from torch import nn
 
 from finesight.errors import UserError
-from finesight.recipe import recipe_from_dict
+from finesight.settings.recipe import recipe_from_dict
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer, load_optimizer_class
 from finesight.train.optim.adamw.update import AdamW
 from finesight.train.setup import check_sharding, list_train_plugins
@@ -21,7 +21,7 @@ CODE = """
 from pathlib import Path
 from finesight.components import SettingProblem
 from finesight.optimizer_components import OptimizerComponent
-from finesight.setting_types import ExpandedPath, SettingsSection
+from finesight.settings.setting_types import ExpandedPath, SettingsSection
 from finesight.train.master_weight_optimizer import Optimizer
 
 class Settings(SettingsSection):

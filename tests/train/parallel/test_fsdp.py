@@ -16,14 +16,14 @@ from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask, edit_samples, read_losses, write_recipe
 from torch import Tensor
 
-from finesight.config import TrainSettings, TuneSettings
 from finesight.errors import UserError
+from finesight.files.storage import verify_folder
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.recipe import load_recipe
-from finesight.storage import verify_folder
+from finesight.settings.config import TrainSettings, TuneSettings
+from finesight.settings.recipe import load_recipe
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.parallel.fsdp import FSDPStrategy

@@ -8,12 +8,12 @@ from finesight.evaluate.metrics.shared_scores import EXACT, F1, F1_MACRO, MEAN_I
 from finesight.metric_components import MetricComponent, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 
 def detect(summary: AnswerSummary) -> bool:
     """Return whether most answers are JSON objects."""
-    from finesight.data.row_reader import is_object_text
+    from finesight.files.bounded_files import is_object_text
 
     return summary.has_mostly(is_object_text)
 

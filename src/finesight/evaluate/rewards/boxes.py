@@ -20,8 +20,8 @@ class BoxReward(Reward[RewardSettings]):
     """
 
     def score(self, case: EvalCase) -> float:
-        from finesight.data.boxes import box_area, contains_center
         from finesight.evaluate.box_metrics import match_boxes
+        from finesight.samples.boxes import box_area, contains_center
 
         predicted = case.boxes
         references = case.reference_boxes

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from finesight.evaluate.reward import Reward
 from finesight.reward_components import RewardComponent, RewardSettings
-from finesight.setting_types import PositiveInt
+from finesight.settings.setting_types import PositiveInt
 
 if TYPE_CHECKING:
     from finesight.evaluate.eval_case import EvalCase

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.sample import BoxPart
 from finesight.encode.family import (
     QWEN_VL_MAX_COORDINATE,
     SpecialToken,
@@ -20,6 +19,7 @@ from finesight.errors import UserError
 from finesight.families.qwen2_vl.renderer import Qwen2VL
 from finesight.model_folder import ModelFolder
 from finesight.samples.frames import ImageSize
+from finesight.samples.sample import BoxPart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import find_offsets, iter_json_boxes, iter_json_values
-from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import (
     FRAME_1000,
     ImageBox,
@@ -23,7 +21,9 @@ from finesight.encode.family import (
     SpecialToken,
 )
 from finesight.model_folder import ModelFolder
+from finesight.samples.boxes import find_offsets, iter_json_boxes, iter_json_values
 from finesight.samples.frames import ImageSize, rescale, round_to_size
+from finesight.samples.sample import BoxPart, create_region
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"

@@ -11,14 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finesight.data.sample import (
-    TOOL_CALL_END,
-    TOOL_CALL_START,
-    ContentPart,
-    Message,
-    TextPart,
-    ToolCallPart,
-)
 from finesight.encode.family import (
     THINK_END,
     THINK_START,
@@ -28,6 +20,14 @@ from finesight.encode.family import (
 )
 from finesight.families.qwen3_vl.renderer import Qwen3VL
 from finesight.model_folder import ModelFolder
+from finesight.samples.sample import (
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    ContentPart,
+    Message,
+    TextPart,
+    ToolCallPart,
+)
 
 EFFORT_INSTRUCTIONS: dict[str, str] = {
     "xhigh": (

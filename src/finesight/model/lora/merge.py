@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finesight.config import Precision
 from finesight.errors import UserError
-from finesight.hub.address import parse_model_address
-from finesight.manifest import MANIFEST_FILE, Manifest
+from finesight.files.hub_address import parse_model_address
 from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, hub_tensors, save_model, stored_precision
 from finesight.model_folder import ModelFolder
+from finesight.settings.config import Precision
+from finesight.settings.manifest import MANIFEST_FILE, Manifest
 from finesight.vision.processor_limits import write_processor_limits
 
 MAX_SHARD_BYTES = 5e9

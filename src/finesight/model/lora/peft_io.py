@@ -23,8 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finesight.bounded_files import read_bytes
 from finesight.errors import UserError
+from finesight.files.bounded_files import read_bytes
+from finesight.files.pattern_matcher import PatternMatcher
+from finesight.files.storage import DIGESTS_FILE, verify_folder
 from finesight.model.backend_model import BackendModel
 from finesight.model.families import (
     KEY_MAPPINGS,
@@ -44,8 +46,6 @@ from finesight.model.linear import (
 )
 from finesight.model.weights_io import open_safetensors
 from finesight.model_folder import ModelFolder
-from finesight.pattern_matcher import PatternMatcher
-from finesight.storage import DIGESTS_FILE, verify_folder
 
 _IGNORED_SETTINGS = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",

@@ -24,8 +24,8 @@ from finesight.model.kernels.cross_entropy import cross_entropy
 from finesight.train.step_batch import GlobalStepStats, StepBatch
 
 if TYPE_CHECKING:
-    from finesight.config import TrainSettings
     from finesight.encode.renderer import Renderer
+    from finesight.settings.config import TrainSettings
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.components import SettingsT
-from finesight.data.sample import Sample
 from finesight.encode.batch import PackedBatch
+from finesight.samples.sample import Sample
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives.objective import Objective, PackKey

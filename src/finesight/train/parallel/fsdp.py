@@ -25,10 +25,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from finesight.config import ParallelMode
 from finesight.encode.batch import PackedBatch, append_dummy_image
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
+from finesight.settings.config import ParallelMode
 from finesight.train.master_weight_optimizer import LazyTensors, MasterWeightOptimizer
 from finesight.train.parallel.distributed import ParallelStrategy
 from finesight.train.parallel.fsdp_units import (

@@ -9,9 +9,9 @@ from typing import Annotated
 from PIL import Image
 from pydantic import Field
 
-from finesight.config import PixelRange
 from finesight.encode.family import parse_corners
 from finesight.samples.frames import ImageSize, rescale, smart_resize
+from finesight.settings.config import PixelRange
 
 MIN_SIDE = 32
 """Side in pixels to which smaller sides of a crop grow."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from finesight.metric_components import MetricComponent, Score, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 
 def detect(summary: AnswerSummary) -> bool:

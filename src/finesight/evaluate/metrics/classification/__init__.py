@@ -8,7 +8,7 @@ from finesight.evaluate.metrics.shared_scores import F1_MACRO
 from finesight.metric_components import MetricComponent, Score, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 MAX_CLASS_CHARS = 60
 """Maximum length of a class."""
@@ -20,8 +20,8 @@ def detect(summary: AnswerSummary) -> bool:
     The questions ask for a class, or the answers are a closed set of short texts, such as yes and
     no.
     """
-    from finesight.data.formats.image_annotations import CLASS_INSTRUCTION
-    from finesight.recipe_template import is_closed_set
+    from finesight.samples.default_prompts import CLASS_INSTRUCTION
+    from finesight.settings.recipe_template import is_closed_set
 
     if max(map(len, summary.answers)) > MAX_CLASS_CHARS or summary.max_boxes > 1:
         return False

@@ -8,7 +8,7 @@ from finesight.evaluate.metrics.shared_scores import BOX_SCORES, F1
 from finesight.metric_components import MetricComponent, Score, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 
 def detect(summary: AnswerSummary) -> bool:

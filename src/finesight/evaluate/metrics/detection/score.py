@@ -15,8 +15,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import measure_overlap
-from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
     FloatArray,
     SampleGroup,
@@ -28,7 +26,9 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.box_metrics import compute_box_scores, normalize_label
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
+from finesight.samples.boxes import measure_overlap
 from finesight.samples.frames import ImageSize
+from finesight.samples.sample import BoxPart
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 NUM_COUNTS = 2 + len(IOU_THRESHOLDS)

@@ -9,7 +9,7 @@ from finesight.evaluate.metrics.shared_scores import EXACT, SIMILARITY
 from finesight.metric_components import MetricComponent, Score, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 

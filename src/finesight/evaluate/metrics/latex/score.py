@@ -23,7 +23,7 @@ from finesight.evaluate.bleu import MAX_NGRAM_ORDER, count_bleu_statistics, esti
 from finesight.evaluate.bootstrap import NON_NEGATIVE, estimate_ratio
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 from finesight.evaluate.text_metrics import find_nearest_reference, strip_math_delimiters
-from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
+from finesight.files.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 LatexTokens = list[str]
 

@@ -8,7 +8,7 @@ from finesight.evaluate.metrics.shared_scores import EXACT, SIMILARITY
 from finesight.metric_components import MetricComponent, Score, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 MAX_MEAN_WORDS = 4
 """Mean number of words below which answers are texts of an image instead of captions."""

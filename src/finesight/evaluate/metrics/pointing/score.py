@@ -7,10 +7,10 @@ from statistics import fmean
 
 import numpy as np
 
-from finesight.data.boxes import measure_distance
 from finesight.evaluate.bootstrap import estimate_ratio
 from finesight.evaluate.box_metrics import match_boxes, measure_closeness
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
+from finesight.samples.boxes import measure_distance
 
 
 def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:

@@ -9,7 +9,7 @@ from finesight.evaluate.metrics.shared_scores import EXACT, F1
 from finesight.metric_components import MetricComponent, Score, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 MIN_CAPTION_WORDS = 8
 """Minimum mean number of words of answers to several questions that are captions."""

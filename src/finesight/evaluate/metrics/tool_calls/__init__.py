@@ -8,12 +8,12 @@ from finesight.evaluate.metrics.shared_scores import EXACT, F1, F1_MACRO, MEAN_I
 from finesight.metric_components import MetricComponent, TaskSuggestion
 
 if TYPE_CHECKING:
-    from finesight.recipe_template import AnswerSummary
+    from finesight.settings.recipe_template import AnswerSummary
 
 
 def detect(summary: AnswerSummary) -> bool:
     """Return whether most answers contain a tool call."""
-    from finesight.data.sample import TOOL_CALL_START
+    from finesight.samples.sample import TOOL_CALL_START
 
     return summary.has_mostly(lambda answer: TOOL_CALL_START in answer)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT, parse_tool_call
 from finesight.evaluate.eval_case import EvalCase, MetricResult
 from finesight.evaluate.json_metrics import JsonForm, normalize_value, score_json
+from finesight.samples.sample import TOOL_CALL_END, TOOL_CALL_TEXT, parse_tool_call
 
 
 def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-from finesight.bounded_files import parse_json
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward import Reward
 from finesight.evaluate.reward_workers import RewardWorkers
 from finesight.evaluate.rewards.format import Settings
 from finesight.evaluate.score_function import RewardError, describe_case
-from finesight.pattern_matcher import MAX_PATTERN_CPU_S
-from finesight.worker_pool import JobOutput
+from finesight.files.bounded_files import parse_json
+from finesight.files.pattern_matcher import MAX_PATTERN_CPU_S
+from finesight.files.worker_pool import JobOutput
 
 SCHEMA_CPU_S = 5.0
 """Maximum seconds of CPU time with a schema, for a response."""

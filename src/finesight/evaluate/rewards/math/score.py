@@ -10,8 +10,8 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward import Reward
 from finesight.evaluate.reward_workers import RewardWorkers
 from finesight.evaluate.text_metrics import strip_math_delimiters
+from finesight.files.worker_pool import JobOutput, WorkerJobError, WorkerLimitError
 from finesight.reward_components import RewardSettings
-from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError
 
 MAX_CPU_S = 5.0
 """Maximum seconds of CPU time for a response."""

@@ -9,10 +9,15 @@ from pydantic import Field
 
 from finesight.components import SettingProblem
 from finesight.objective_components import Needs, ObjectiveComponent, Sampling, Teacher
-from finesight.setting_types import CoercedFloat, PositiveInt, SettingsSection, WeightFormat
+from finesight.settings.setting_types import (
+    CoercedFloat,
+    PositiveInt,
+    SettingsSection,
+    WeightFormat,
+)
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
+    from finesight.settings.config import Recipe
 
 
 class Settings(SettingsSection):

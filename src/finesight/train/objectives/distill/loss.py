@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from finesight.config import TrainSettings
 from finesight.encode.batch import PackedBatch
 from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.model.backend import as_native
 from finesight.model.vlm import VisionLanguageModel
+from finesight.settings.config import TrainSettings
 from finesight.train.objectives.distill import Settings
 from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.token_logps import map_chunks

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent
-from finesight.setting_types import CoercedFloat, Names, SettingsSection, as_tuple
+from finesight.settings.setting_types import CoercedFloat, Names, SettingsSection, as_tuple
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
+    from finesight.settings.config import Recipe
 
 
 DpoLossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "sft"]

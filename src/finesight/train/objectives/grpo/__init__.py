@@ -10,10 +10,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from finesight.components import SettingProblem
 from finesight.environment_components import ENVIRONMENTS
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling
-from finesight.setting_types import CoercedFloat, PositiveInt, SettingsSection
+from finesight.settings.setting_types import CoercedFloat, PositiveInt, SettingsSection
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
+    from finesight.settings.config import Recipe
 
 
 ENVIRONMENT_SETTINGS = ("environment", "max_tool_calling_iterations", "tool_timeout")

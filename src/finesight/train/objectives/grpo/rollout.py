@@ -18,9 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.config import Recipe
-from finesight.data.boxes import measure_overlap, sort_corners
-from finesight.data.sample import LocatedSample
 from finesight.encode.batch import PackedBatch
 from finesight.encode.family import FRAME_1000
 from finesight.encode.packing import pack
@@ -31,6 +28,7 @@ from finesight.evaluate.environment import Environment
 from finesight.evaluate.eval_case import EvalCase, ReferenceAnswer, get_reference_answer
 from finesight.evaluate.prediction_file import create_case, format_prediction_line
 from finesight.evaluate.reward_scorer import RewardScorer, describe_unscored
+from finesight.files.storage import append_line
 from finesight.infer.prediction import (
     Prediction,
     build_prediction,
@@ -38,8 +36,10 @@ from finesight.infer.prediction import (
 from finesight.infer.request import GeneratedToken
 from finesight.model.backend_model import BackendModel
 from finesight.model.linear import LoraLinear
+from finesight.samples.boxes import measure_overlap, sort_corners
 from finesight.samples.frames import rescale
-from finesight.storage import append_line
+from finesight.samples.sample import LocatedSample
+from finesight.settings.config import Recipe
 from finesight.train.episode import Episode, EpisodeRunner, add_tools, build_start
 from finesight.train.objectives.grpo import COMPONENT
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent
-from finesight.setting_types import CoercedFloat, SettingsSection
+from finesight.settings.setting_types import CoercedFloat, SettingsSection
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
+    from finesight.settings.config import Recipe
 
 
 class Settings(SettingsSection):

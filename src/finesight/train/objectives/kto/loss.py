@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from finesight.data.sample import Sample
 from finesight.encode.batch import PackedBatch
+from finesight.samples.sample import Sample
 from finesight.train.objectives.kto import Settings
 from finesight.train.objectives.objective import PackKey
 from finesight.train.objectives.response_objective import ResponseLogps, ResponseObjective

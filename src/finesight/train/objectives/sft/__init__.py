@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent
-from finesight.setting_types import SettingsSection
+from finesight.settings.setting_types import SettingsSection
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
+    from finesight.settings.config import Recipe
 
 
 class Settings(SettingsSection):

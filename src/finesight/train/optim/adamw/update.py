@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finesight.components import NoSettings
-from finesight.config import TrainSettings
+from finesight.settings.config import TrainSettings
 from finesight.train.master_weight_optimizer import Optimizer, ParamGroup
 from finesight.train.optim.adamw.kernels import ADAM_EPS, adamw_step
 

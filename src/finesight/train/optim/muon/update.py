@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from finesight.components import NoSettings
-from finesight.config import TrainSettings
 from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.fused_ops import has_tensor_cores
+from finesight.settings.config import TrainSettings
 from finesight.train.master_weight_optimizer import Optimizer, ParamGroup
 
 MOMENTUM = 0.95

@@ -1,0 +1,1 @@
+"""Files that may be untrusted, and writes that are complete or absent."""

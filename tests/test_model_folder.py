@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from finesight.errors import UserError
 from finesight.files.hub_address import HubAddress
-from finesight.hub import repository
+from finesight.hub import hub_model, repository
 from finesight.model_folder import (
     PREPROCESSOR_DEFAULTS,
     TINY_MODEL,
@@ -94,7 +94,7 @@ def test_hub_model_is_downloaded_without_code(folder, monkeypatch):
         requested[str(address)] = wanted
         return repository.HubRepository(address, "0123456", (), folder)
 
-    monkeypatch.setattr(repository, "open_model_repository", open_model)
+    monkeypatch.setattr(hub_model, "open_model_repository", open_model)
     name = "Qwen/Qwen2-VL-2B-Instruct"
     assert locate_model(name) == locate_model(f"modelscope:{name}@v1") == ModelFolder(folder)
     assert [*requested] == [f"hf:{name}", f"modelscope:{name}@v1"]

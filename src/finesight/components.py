@@ -369,8 +369,7 @@ class ComponentRegistry(Registry[ComponentT]):
             UserError: The object of a plug-in cannot be imported, or is another one.
         """
         try:
-            module, _, attribute = target.partition(":")
-            item = attrgetter(attribute)(import_module(module))
+            item = load_satellite(target)
             problem = find_problem(item)
         except (Exception, SystemExit) as error:
             if self.is_built_in(name):
@@ -379,6 +378,16 @@ class ComponentRegistry(Registry[ComponentT]):
         if problem is not None:
             raise self.build_error(name, target, problem, interface)
         return item
+
+
+def load_satellite(target: str) -> Any:
+    """Import an object of a package that the core does not import, such as `finesight.hub`.
+
+    Args:
+        target: Dotted path, as `package.module:object`.
+    """
+    module, _, attribute = target.partition(":")
+    return attrgetter(attribute)(import_module(module))
 
 
 def is_component_name(name: str) -> bool:

@@ -12,11 +12,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finesight.errors import Remedy, Step, UnavailableError, UserError, shorten
+from finesight.components import load_satellite
+from finesight.errors import Remedy, Step, UserError, shorten
 from finesight.family_components import FAMILIES, FamilyComponent
 from finesight.files.bounded_files import read_bytes, read_json, read_json_object, read_text
 from finesight.files.hub_address import HubAddress, is_hub_address, parse_model_address
@@ -25,8 +26,6 @@ from finesight.settings.manifest import MANIFEST_FILE, RECIPE_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from finesight.hub.repository import HubRepository
 
 
 SAFETENSORS_INDEX_FILE = "model.safetensors.index.json"
@@ -459,7 +458,10 @@ def locate_model(name_or_path: str) -> ModelFolder:
     address = check_model_path(name_or_path)
     if address is None:
         return ModelFolder(path)
-    return _open_hub_model(name_or_path, address)
+    # Imported here: it is slow to import, and local folders never need it.
+    open_hub_model = load_satellite("finesight.hub.hub_model:open_hub_model")
+    folder: ModelFolder = open_hub_model(name_or_path, address)
+    return folder
 
 
 def check_model_path(name: str) -> HubAddress | None:
@@ -524,48 +526,6 @@ def get_portable_name(folder: ModelFolder) -> str:
     if path == TINY_MODEL_FOLDER.resolve():
         return TINY_MODEL
     return str(path)
-
-
-def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
-    # Imported here: it is slow to import, and local folders never need it.
-    from finesight.hub.repository import WEIGHT_SUFFIXES, open_model_repository
-
-    try:
-        repository = open_model_repository(address, DOWNLOAD_PATTERNS)
-        small_files = [path for path in repository.paths if not path.endswith(WEIGHT_SUFFIXES)]
-        folder = repository.download_files(small_files, repository.folder)
-        fetch_weights = partial(_fetch_weights, repository, folder)
-        require_space = partial(repository.require_space, repository.paths, folder)
-        return ModelFolder(folder, fetch_weights, require_space)
-    except UserError as error:
-        if isinstance(error, UnavailableError) and isinstance(error.remedy, str):
-            error.remedy += f"; the bundled {TINY_MODEL} needs no download"
-        if is_hub_address(name):
-            raise
-        raise type(error)(
-            f"{name} is not a local folder and cannot be downloaded from the hub: {error.what}",
-            where=error.where,
-            expected=error.expected,
-            remedy=error.remedy,
-        ) from error
-
-
-def _fetch_weights(repository: HubRepository, folder: Path) -> None:
-    """Download the weights of a repository that are missing in its folder."""
-    repository.download_files(repository.paths, folder)
-    if repository.files:
-        return
-    # The snapshot in the cache of huggingface_hub has no listing, and may be incomplete.
-    try:
-        ModelFolder(folder).weight_files()
-    except UserError as error:
-        source = str(repository.address)
-        raise UnavailableError(
-            f"the cached copy of {source} is incomplete: {error.what}",
-            where=str(folder),
-            expected="all weights of the model",
-            remedy=Step("download", {"source": source}, "unset HF_HUB_OFFLINE, or online"),
-        ) from error
 
 
 def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:

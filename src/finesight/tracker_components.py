@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import isabstract
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finesight.components import Component, ComponentRegistry
 from finesight.errors import UserError
@@ -15,6 +15,9 @@ from finesight.settings.setting_types import is_url
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+
+AlertLevel = Literal["info", "warning", "error"]
 
 
 def accept_uri(uri: str) -> str | None:

@@ -24,12 +24,11 @@ from finesight.files.storage import FileSystem
 from finesight.label import label_session, label_store
 from finesight.label.label_session import (
     build_task,
-    has_single_questions,
     open_session,
-    read_run_examples,
 )
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.operations.responses import pairs
+from finesight.samples.run_examples import has_single_questions, read_run_examples
 from finesight.samples.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.vision import image_reader
 

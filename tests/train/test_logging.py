@@ -216,7 +216,8 @@ def test_worse_evaluation_sends_alert(events, tracker, tmp_path, headline, befor
         mock.call(4, {"all_samples/validation_loss": 9.0, **all_scores}),
         mock.call(4, {"validation_loss": now[1], **scores}),
     ]
-    assert tracker.log_images.mock_calls == [mock.call(4, [])] * 2
+    files = [tmp_path / f"predictions/{name}.jsonl" for name in ("before", "step-4")]
+    assert tracker.log_examples.mock_calls == [mock.call(4, *files, None)] * 2
     alerts = [call.args for call in tracker.send_alert.mock_calls]
     side = "above" if headline in (None, "cer") else "below"
     title = f"{side} the score before training"

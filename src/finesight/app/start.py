@@ -271,7 +271,7 @@ def web(
     from finesight.app.server import serve_app
     from finesight.files.storage import temporary_folder
     from finesight.infer.inference_service import InferenceService
-    from finesight.label.label_session import has_single_questions
+    from finesight.samples.run_examples import has_single_questions
     from finesight.serve.http_protocol import bind_socket
     from finesight.serve.preprocessing_jobs import encode_in_worker
     from finesight.vision.image_reader import create_image_pool

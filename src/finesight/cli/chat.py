@@ -59,7 +59,7 @@ def chat(
     from finesight.infer.chat_session import ChatSession
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.request import GenerationOptions, SamplingParams
-    from finesight.label.label_session import has_single_questions
+    from finesight.samples.run_examples import has_single_questions
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     generation_options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)

@@ -33,11 +33,11 @@ from finesight.label.label_store import (
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.metric_components import METRICS
 from finesight.model_folder import resolve_model_path
-from finesight.samples.corpus import load_corpus
 from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
 from finesight.samples.image_file import IMAGE_SUFFIXES, CorruptImageError, list_pages
 from finesight.samples.marked_prompt import remove_marks, write_marked_prompt
 from finesight.samples.prompt_format import PromptFormat
+from finesight.samples.run_examples import read_run_examples
 from finesight.samples.sample import (
     BoxPart,
     ImagePart,
@@ -47,14 +47,8 @@ from finesight.samples.sample import (
     format_number,
     read_samples,
 )
-from finesight.settings.manifest import RECIPE_FILE, find_run_dir
-from finesight.settings.recipe import load_recipe
 from finesight.settings.recipe_template import detect_metric, is_closed_set
-from finesight.settings.setting_types import is_url
 from finesight.train.run_dir import RunDir
-
-MAX_EXAMPLES = 500
-"""Number of samples by which prompt and kind of the answers are detected."""
 
 MAX_CLASSES = 30
 """Maximum number of different answers that count as classes."""
@@ -419,28 +413,6 @@ def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
         entries.append({**values, **(texts if entry.content else {"old": None, "new": None})})
         before = entry.content or before
     return entries
-
-
-def read_run_examples(run_or_model: str, *, is_local: bool = False) -> list[LocatedSample]:
-    """Return training samples of a run, evenly distributed; empty without readable data.
-
-    Args:
-        is_local: Do not read data in object storage.
-    """
-    path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
-    with suppress(UserError):
-        files = load_recipe(path).data.train
-        corpus = load_corpus([] if is_local and any(is_url(f.path) for f in files) else files)
-        # Data may be sorted by class.
-        num_examples = min(MAX_EXAMPLES, len(corpus))
-        return [corpus[index * len(corpus) // num_examples] for index in range(num_examples)]
-    return []
-
-
-def has_single_questions(run_or_model: str) -> bool:
-    """Return whether the readable training samples of a run have one question each."""
-    messages = [one.sample.messages for one in read_run_examples(run_or_model, is_local=True)]
-    return bool(messages) and all(sum(t.role == "user" for t in one) == 1 for one in messages)
 
 
 def is_imported(folder: Path, run_dir: Path) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from finesight.components import load_satellite
 from finesight.errors import Step, UserError, suggest_similar_path
 from finesight.files.archive import TarArchive, open_tar
 from finesight.files.bounded_files import parse_json, to_readable_name
@@ -333,8 +334,6 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
     if isinstance(path_or_url, Path):
         files = expand_files(path_or_url)
     else:
-        from finesight.hub.url_files import fetch_objects
-
         if not path_or_url.lower().endswith(PACKED_SUFFIXES):
             raise UserError(
                 "a file in object storage that is neither .tar nor .parquet",
@@ -342,7 +341,7 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
                 expected="files that contain their images",
                 remedy="pack samples and images into tar or Parquet files, or download them",
             )
-        files = fetch_objects(path_or_url)
+        files = load_satellite("finesight.hub.url_files:fetch_objects")(path_or_url)
     sources = _open_files(files)
     source = sources[0] if len(files) == 1 else ShardedSamples(tuple(sources))
     if not len(source):

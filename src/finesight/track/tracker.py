@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from finesight.track.tracker_records import (
-        AlertLevel,
         AlertRecord,
         FinishRecord,
         ImagesRecord,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
         StartRecord,
         TrackerRecord,
     )
+    from finesight.tracker_components import AlertLevel
 
 ALERT_LEVEL_NAMES: dict[AlertLevel, str] = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
 """Names of the members of `AlertLevel` in packages that have this class."""

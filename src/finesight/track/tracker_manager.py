@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,7 +32,6 @@ from finesight.settings.config import Recipe, TrackerKind
 from finesight.settings.manifest import TRACKING_FOLDER
 from finesight.track.tracker import Tracker
 from finesight.track.tracker_records import (
-    AlertLevel,
     AlertRecord,
     FinishRecord,
     ImagesRecord,
@@ -40,11 +39,10 @@ from finesight.track.tracker_records import (
     RunState,
     StartRecord,
     StepMetrics,
-    TrackedImage,
     TrackerRecord,
     redact,
 )
-from finesight.tracker_components import TRACKERS
+from finesight.tracker_components import TRACKERS, AlertLevel
 
 RESPONSE_TIMEOUT_S = 120.0
 """Maximum seconds until the tracker replies to a record.
@@ -290,8 +288,14 @@ class TrackerManager:
         self._step = step
         self._submit(MetricsRecord(steps=(StepMetrics(step=step, values=dict(values)),)))
 
-    def log_images(self, step: int, images: Sequence[TrackedImage]) -> None:
-        """Queue the images of an evaluation after `step` steps for all trackers."""
+    def log_examples(
+        self, step: int, before: Path, after: Path, sample_ids: Collection[str] | None
+    ) -> None:
+        """Queue images of samples with the boxes of two prediction files for all trackers."""
+        # Only needed with a tracker.
+        from finesight.track.tracked_images import render_example_images
+
+        images = render_example_images(before, after, sample_ids)
         if images:
             self._submit(ImagesRecord(step=step, images=tuple(images)))
 

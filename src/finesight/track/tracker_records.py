@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from finesight.settings.config import TrackerSettings
+from finesight.tracker_components import AlertLevel
 
 REDACTED = "[removed]"
 
@@ -164,9 +165,6 @@ class ImagesRecord(_TrackerMessage):
         """Yield example images with stable names, so that trackers show them as one series."""
         for image_number, image in enumerate(self.images, 1):
             yield f"{EXAMPLES_KEY}/{image_number}", image
-
-
-AlertLevel = Literal["info", "warning", "error"]
 
 
 class AlertRecord(_TrackerMessage):

@@ -32,7 +32,6 @@ from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.weights_io import count_unquantized_layers
 from finesight.progress import StepProgress
 from finesight.report.histogram_counts import count_half_octaves
-from finesight.track.tracker_manager import TrackerManager
 from finesight.train.callbacks import CallbackList
 from finesight.train.dataset_stats import join_names
 from finesight.train.device_timing import DataWait, record_event
@@ -41,6 +40,7 @@ from finesight.train.finalize import RunResult, get_ranking_score
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
+from finesight.train.tracking import RunTracking
 from finesight.train.vision_cache_builder import VisionCacheResult
 
 FULL_PREFIX = "all_samples/"
@@ -50,7 +50,7 @@ FULL_PREFIX = "all_samples/"
 class TrackingEvents:
     """Sender of training events to the experiment trackers of a run, if it has any."""
 
-    def __init__(self, run_dir: RunDir, tracking: TrackerManager) -> None:
+    def __init__(self, run_dir: RunDir, tracking: RunTracking) -> None:
         self._run_dir = run_dir
         self._tracking = tracking
 
@@ -81,14 +81,10 @@ class TrackingEvents:
         if eval_result.full is not None:
             full_metrics = _list_eval_metrics(eval_result.full, FULL_PREFIX)
             self._tracking.log_metrics(eval_result.step, full_metrics)
-        # Only needed with a tracker.
-        from finesight.track.tracked_images import render_example_images
-
         predictions_dir = self._run_dir.predictions_dir
-        images = render_example_images(
-            predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl", sample_ids
-        )
-        self._tracking.log_images(eval_result.step, images)
+        before_file = predictions_dir / "before.jsonl"
+        after_file = predictions_dir / f"{name}.jsonl"
+        self._tracking.log_examples(eval_result.step, before_file, after_file, sample_ids)
         baseline = load_eval_history(self._run_dir)[0]
         name, old, new, is_comparable = _compare_scores(baseline, eval_result)
         is_worse = new < old
@@ -303,9 +299,7 @@ class MetricsLogger:
     host waits for the results. All ranks check the steps. Only the main process writes files.
     """
 
-    def __init__(
-        self, state: TrainState, tracking: TrackerManager, callbacks: CallbackList
-    ) -> None:
+    def __init__(self, state: TrainState, tracking: RunTracking, callbacks: CallbackList) -> None:
         self.callbacks = callbacks
         self._state = state
         self._console = state.run.console

@@ -24,7 +24,6 @@ from finesight.settings.config import PYTHON_PREFIX, Recipe
 from finesight.settings.manifest import MANIFEST_FILE, RECIPE_FILE, load_manifest
 from finesight.settings.recipe import load_recipe
 from finesight.settings.setting_types import StepsOrFraction
-from finesight.track.tracker_manager import start_trackers
 from finesight.train.callbacks import Callback, CallbackList, check_callbacks
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
@@ -47,6 +46,7 @@ from finesight.train.setup import (
     library_versions,
 )
 from finesight.train.state import TrainState
+from finesight.train.tracking import start_trackers
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 

@@ -30,7 +30,7 @@ def prepare_quickstart(folder: Path, seed: int) -> Path:
     """Generate and import the tickets of the quickstart. Returns the recipe."""
     from finesight.ingest.import_source import ImportOptions
     from finesight.ingest.importer import import_dataset
-    from finesight.operations.init import PROMPT, QuickstartSettings, write_recipe
+    from finesight.ingest.init_operation import PROMPT, QuickstartSettings, write_recipe
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
     plan = QuickstartSettings(seed=seed)

@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2)
 QUICKSTART_SCRIPT = """
 import json, sys
 from pathlib import Path
-from finesight.operations.init import QuickstartSettings, quickstart
+from finesight.ingest.init_operation import QuickstartSettings, quickstart
 outcome = quickstart(Path(sys.argv[1]), QuickstartSettings(seed=int(sys.argv[2])))
 print(json.dumps(outcome.data))
 """

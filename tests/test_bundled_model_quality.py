@@ -14,8 +14,8 @@ from finesight.api import quickstart
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import predict
+from finesight.ingest.init_operation import QuickstartSettings, write_recipe
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.init import QuickstartSettings, write_recipe
 from finesight.samples.sample import LocatedSample, read_samples
 from finesight.settings.config import EvalSettings
 from finesight.settings.recipe import load_recipe

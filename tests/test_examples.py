@@ -20,7 +20,7 @@ from tiny_model import create_tiny_model
 
 from finesight.errors import UserError
 from finesight.evaluate.regression_guard import BUILT_IN_SUITE
-from finesight.operations.init import PROMPT, QuickstartSettings, write_recipe
+from finesight.ingest.init_operation import PROMPT, QuickstartSettings, write_recipe
 from finesight.settings.recipe import load_recipe, recipe_from_dict
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

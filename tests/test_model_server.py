@@ -22,8 +22,8 @@ from test_python_api import draw, make_samples
 import finesight
 from finesight.infer.engine import Engine
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.model_server import HOST, ModelServer
 from finesight.serve.api_server import ApiServer
+from finesight.serve.model_server import HOST, ModelServer
 
 TUNE = {"language": "lora", "lora": {"rank": 4, "alpha": 8}}
 

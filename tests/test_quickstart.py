@@ -13,8 +13,8 @@ from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
 from finesight.errors import UserError
+from finesight.ingest.init_operation import NUM_SHOWN_PREDICTIONS, QuickstartSettings, quickstart
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.init import NUM_SHOWN_PREDICTIONS, QuickstartSettings, quickstart
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, ca
     names = [step.operation for step in outcome.next_steps]
     assert names == ["show", "predict", "eval", "chat", "merge", "init"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-    monkeypatch.setattr("finesight.operations.init.plan", no_plan)
+    monkeypatch.setattr("finesight.ingest.init_operation.plan", no_plan)
     for command in others:
         if command[0] == "train":
             command.append("--resume")

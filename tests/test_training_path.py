@@ -16,7 +16,7 @@ def test_training_passes_through_few_files(tmp_path: Path, precision: str) -> No
     recipe = write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path / "task"), epochs=1)
     files = count_path_files(recipe, [f"train.precision={precision}"])
     assert {"train/step.py", "train/master_weight_optimizer.py"} < {*files["step"]}
-    assert {"data/corpus.py", "model/vision_encoder.py"} < {*files["image to loss"]}
+    assert {"samples/corpus.py", "model/vision_encoder.py"} < {*files["image to loss"]}
     assert "train/objectives/objective.py" in files["image to loss"]
     assert "train/master_weight_optimizer.py" not in files["image to loss"]
     assert len(files["step"]) <= MAX_STEP_FILES, files["step"]

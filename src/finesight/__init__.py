@@ -24,7 +24,7 @@ _LOCATIONS = {
     "TrainingInterrupted": "finesight.errors:TrainingInterrupted",
     "UserError": "finesight.errors:UserError",
     "load": "finesight.api:load_model",
-    "start_server": "finesight.operations.model_server:start_server",
+    "start_server": "finesight.serve.model_server:start_server",
 }
 
 __all__ = [*_LOCATIONS, "train"]

@@ -8,19 +8,26 @@ the expected value and a remedy. Options in messages are arguments: `--map image
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from finesight.errors import TrainingInterrupted, UserError, describe_indices
-from finesight.operations import dataset, deployment, evaluation, model, responses, training
-from finesight.operations import init as initialize
+from finesight.operations import evaluation, find_operation, model, responses, training
 from finesight.operations.first_guesses import suggest_function
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
+from finesight.operations.show import show as show_operation
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from finesight.convert import convert_operation
+    from finesight.doctor import doctor_operation
+    from finesight.export import export_operations
     from finesight.infer.prediction import Prediction
+    from finesight.ingest import data_operations, download_operation, init_operation
+    from finesight.label import pairs_operation
+    from finesight.launch import launch_operations
+    from finesight.plan import plan_operation
     from finesight.samples.sample import LocatedSample
 
 __all__ = [
@@ -31,36 +38,52 @@ __all__ = [
     "show", "train",
 ]  # fmt: skip
 
-init = as_function(initialize.init)
-import_data = as_function(dataset.import_data)
-export_data = as_function(dataset.export_data)
-check_data = as_function(dataset.check_data)
-show = as_function(dataset.show)
-plan = as_function(training.plan)
+show = as_function(show_operation)
 load_model = as_function(model.load_model)
 evaluate = as_function(evaluation.evaluate)
 predict = as_function(evaluation.predict)
 sample = as_function(responses.sample)
-pairs = as_function(responses.pairs)
 report = as_function(evaluation.report)
 compare = as_function(evaluation.compare)
 guard = as_function(evaluation.guard)
-doctor = as_function(evaluation.doctor)
 train = as_function(training.train)
-search = as_function(training.search)
-launch = as_function(training.launch)
-convert = as_function(training.convert)
-quickstart = as_function(initialize.quickstart)
-download = as_function(deployment.download)
-merge = as_function(deployment.merge)
-export = as_function(deployment.export)
+
+if TYPE_CHECKING:
+    init = as_function(init_operation.init)
+    import_data = as_function(data_operations.import_data)
+    export_data = as_function(data_operations.export_data)
+    check_data = as_function(data_operations.check_data)
+    pairs = as_function(pairs_operation.pairs)
+    plan = as_function(plan_operation.plan)
+    doctor = as_function(doctor_operation.doctor)
+    search = as_function(launch_operations.search)
+    launch = as_function(launch_operations.launch)
+    convert = as_function(convert_operation.convert)
+    quickstart = as_function(init_operation.quickstart)
+    download = as_function(download_operation.download)
+    merge = as_function(export_operations.merge)
+    export = as_function(export_operations.export)
+
+_OPERATION_NAMES = {"import_data": "import", "export_data": "data export", "check_data": "check"}
+"""Names of operations that differ from those of their functions."""
 
 
-def __getattr__(name: str) -> NoReturn:
-    """Raise AttributeError with a similar name, or the one of a first guess."""
+def __getattr__(name: str) -> Any:
+    """Import the function of an operation on its first use.
+
+    Raises AttributeError with a similar name, or the one of a first guess, for other names.
+    """
+    if name in __all__:
+        function = as_function(find_operation(_OPERATION_NAMES.get(name, name)))
+        globals()[name] = function
+        return function
     similar = suggest_function(name, __all__)
     hint = f". Did you mean {similar}?" if similar else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:

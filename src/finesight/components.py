@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, wraps
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import isabstract
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -388,6 +389,14 @@ def load_satellite(target: str) -> Any:
     """
     module, _, attribute = target.partition(":")
     return attrgetter(attribute)(import_module(module))
+
+
+def find_satellite(target: str) -> Any:
+    """Import an object like `load_satellite`; None if its package is not installed."""
+    package = ".".join(target.split(".")[:2])
+    if find_spec(package) is None:
+        return None
+    return load_satellite(target)
 
 
 def is_component_name(name: str) -> bool:

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -557,3 +558,27 @@ def _read_header(path: Path) -> bytes:
             remedy="download the file again (a pointer of Git LFS is not the file itself)",
         )
     return header
+
+
+def list_model_files(folder: ModelFolder) -> dict[str, Path]:
+    """List the weights, configuration and tokenizer files of a model by name.
+
+    Code and unrelated files are excluded.
+    """
+    weight_files = folder.weight_files()
+    files = {}
+    for name, path in list_files(folder.path).items():
+        file = folder.find_file(name)
+        # Weights that are not in the index belong to another model.
+        if path.suffix != ".safetensors" or file in weight_files:
+            files[name] = file or path
+    return files
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """List the data files of a model or adapter folder by name, without code."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, one) for one in DOWNLOAD_PATTERNS):
+            files[path.name] = path
+    return files

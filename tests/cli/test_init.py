@@ -21,8 +21,8 @@ from finesight import api, model_folder
 from finesight.cli import app as app_module
 from finesight.errors import UserError, suggest_similar_path
 from finesight.ingest import import_source
+from finesight.ingest import init_operation as init
 from finesight.model_folder import TINY_MODEL
-from finesight.operations import init
 from finesight.plan import run_plan
 from finesight.samples.sample import read_samples
 from finesight.settings.config import TuneSettings

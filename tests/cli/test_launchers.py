@@ -12,9 +12,9 @@ from plugin_fixtures import install, write_package
 import finesight
 from finesight import api
 from finesight.errors import UserError
+from finesight.launch.launch_operations import launch
 from finesight.launch.launcher_component import COMMON_OPTIONS, LAUNCHERS
 from finesight.operations.operation import list_parameters
-from finesight.operations.training import launch
 
 SOURCE = Path(finesight.__file__).parent
 

@@ -17,8 +17,8 @@ from hub_fixtures import cache, huggingface, modelscope, without_sockets
 from tiny_task import make_task, write_recipe
 
 from finesight.files.storage import sha256_file
+from finesight.ingest import init_operation as init
 from finesight.model_folder import TINY_MODEL, locate_model
-from finesight.operations import init
 from finesight.samples.sample import read_samples
 
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]

@@ -10,7 +10,7 @@ from convert_fixtures import LLAMA_FACTORY_SETTINGS, convert_settings, notes_by_
 from image_fixtures import write_gray_image
 
 from finesight.errors import UserError
-from finesight.operations.dataset import import_data
+from finesight.ingest.data_operations import import_data
 from finesight.samples.sample import join_text, read_samples
 
 CASES = load_cases("registered_data")

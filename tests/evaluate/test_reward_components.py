@@ -95,7 +95,7 @@ def test_wrong_items_are_explained(reward):
 
 OTHER_MEANINGS = {
     "report/summary.py": {"boxes"},
-    "recipe.py": {"environment"},
+    "settings/recipe.py": {"environment"},
     "train/objectives/grpo/rollout.py": {"length"},
 }
 """Files about rewards with equal texts of another meaning: boxes of an answer, the setting
@@ -114,5 +114,5 @@ def test_no_other_module_names_a_reward():
         constants = [one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Constant)]
         texts = {one.value for one in constants if isinstance(one.value, str)}
         found[name] = texts & {*REWARDS}
-    assert {"config.py", "recipe.py", "evaluate/reward_scorer.py"} <= found.keys()
+    assert {"settings/config.py", "settings/recipe.py", "evaluate/reward_scorer.py"} <= found.keys()
     assert {name: texts for name, texts in found.items() if texts} == OTHER_MEANINGS

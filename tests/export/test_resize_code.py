@@ -14,12 +14,12 @@ from PIL import Image
 from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.export.deployment import GgufFiles, build_llama_server_command
+from finesight.export.export_operations import export, merge
 from finesight.export.model_card import collect_uploads
 from finesight.export.resize_code import format_resize_code
 from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import ModelSource, resolve_model_source
 from finesight.model_folder import ModelFolder
-from finesight.operations.deployment import export, merge
 from finesight.samples.image_file import CorruptImageError
 from finesight.settings.config import ExactSize, ImageRule, LongestSide, PixelRange, TuneSettings
 from finesight.settings.manifest import Manifest

@@ -9,7 +9,7 @@ from image_fixtures import write_jsonl
 from PIL import Image
 
 from finesight.errors import UserError
-from finesight.operations.dataset import import_data
+from finesight.ingest.data_operations import import_data
 from finesight.samples.sample import ImagePart, Sample, TextPart, VideoPart, read_samples
 
 TEXT = "Describe it in one sentence."

@@ -9,8 +9,8 @@ import yaml
 from image_fixtures import write_gray_image
 
 from finesight.errors import UserError
+from finesight.ingest.data_operations import import_data
 from finesight.ingest.role_choices import build_mapping, format_mapping
-from finesight.operations.dataset import import_data
 from finesight.samples.sample import join_text, read_samples
 
 

@@ -27,7 +27,7 @@ from finesight.label.label_session import (
     open_session,
 )
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
-from finesight.operations.responses import pairs
+from finesight.label.pairs_operation import pairs
 from finesight.samples.run_examples import has_single_questions, read_run_examples
 from finesight.samples.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.vision import image_reader

@@ -24,9 +24,9 @@ PACKAGE = Path(__file__).parents[2] / "src" / "finesight"
 SECRET = "wehrlos-4711"
 
 OPENERS = {
-    "data/image_file.py": "the one that all others use",
-    "data/augmentation.py": "the JPEG copy that it has just encoded",
-    "data/formats/labelme.py": "PNG masks in LabelMe files",
+    "samples/image_file.py": "the one that all others use",
+    "samples/augmentation.py": "the JPEG copy that it has just encoded",
+    "ingest/formats/labelme.py": "PNG masks in LabelMe files",
     "export/resize_code.py": "code that is printed for other programs, and not executed",
 }
 """Modules that open files with Pillow."""

@@ -37,7 +37,7 @@ def test_trackers_and_recipes_import_no_package():
     assert done.returncode == 0, done.stderr
 
 
-NAMING_FILES = {"trainer_settings.yaml", "track/tracker_records.py"}
+NAMING_FILES = {"settings/trainer_settings.yaml", "track/tracker_records.py"}
 """Settings of other trainers, and known formats of tokens."""
 
 

@@ -25,6 +25,7 @@ from finesight.errors import (
     shorten,
 )
 from finesight.files.worker_pool import JobOutput
+from finesight.ingest.data_operations import build_import_options
 from finesight.ingest.explanation import format_value
 from finesight.ingest.field_path import EACH, parse_path
 from finesight.ingest.formats.dataset_format import as_list
@@ -41,7 +42,6 @@ from finesight.ingest.role_proposal import UnassignedKeysError
 from finesight.ingest.row_reader import Record
 from finesight.ingest.source_fetch import fetch_source
 from finesight.operations import find_operation
-from finesight.operations.dataset import build_import_options
 from finesight.operations.operation import list_parameters
 from finesight.report.html import build_inline_image
 from finesight.samples.image_file import CorruptImageError, get_file, is_image_value

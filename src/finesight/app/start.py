@@ -28,10 +28,10 @@ from finesight.app.page_access import (
 )
 from finesight.errors import Step, UserError, escape_unprintable_json
 from finesight.operations.model import load_adapters
-from finesight.operations.model_server import SERVER_PACKAGES
 from finesight.operations.operation import Parameter, require_extra
 from finesight.operations.options import LoadingOptions, PortOption, RunOrModelArgument
 from finesight.progress import ProgressConsole
+from finesight.serve.model_server import SERVER_PACKAGES
 
 if TYPE_CHECKING:
     from finesight.infer.model_loader import InferenceModel

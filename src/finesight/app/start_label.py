@@ -22,8 +22,8 @@ from finesight.app.page_access import (
     resolve_password,
 )
 from finesight.errors import Step, UserError
-from finesight.operations.dataset import build_init_step
 from finesight.operations.model import get_prompt_format, load_model
+from finesight.operations.next_steps import build_init_step
 from finesight.operations.operation import (
     EXIT_SKIPPED,
     Outcome,

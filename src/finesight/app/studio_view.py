@@ -32,13 +32,13 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.files.bounded_files import read_text
 from finesight.files.worker_pool import WorkerLostError
+from finesight.ingest.source_options import SourceOptions
 from finesight.launch.launcher_component import LAUNCHERS
 from finesight.metric_components import METRICS
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
-from finesight.operations.options import SourceOptions
 from finesight.report.charts import build_run_charts, build_sparkline
 from finesight.report.i18n import Language, translate
 from finesight.report.metric_rows import format_metric_name

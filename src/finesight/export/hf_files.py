@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from finesight.files.bounded_files import read_json_object
 from finesight.files.storage import DIGESTS_FILE, verify_folder
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import (
-    DOWNLOAD_PATTERNS,
     PREPROCESSOR_DEFAULTS,
     PREPROCESSOR_FILE,
     PROCESSOR_FILE,
     ModelFolder,
+    list_model_files,
 )
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -184,27 +183,3 @@ def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
     if (folder.path / DIGESTS_FILE).is_file():
         verify_folder(folder.path)
     return list_model_files(folder)
-
-
-def list_model_files(folder: ModelFolder) -> dict[str, Path]:
-    """List the weights, configuration and tokenizer files of a model by name.
-
-    Code and unrelated files are excluded.
-    """
-    weight_files = folder.weight_files()
-    files = {}
-    for name, path in list_files(folder.path).items():
-        file = folder.find_file(name)
-        # Weights that are not in the index belong to another model.
-        if path.suffix != ".safetensors" or file in weight_files:
-            files[name] = file or path
-    return files
-
-
-def list_files(folder: Path) -> dict[str, Path]:
-    """List the data files of a model or adapter folder by name, without code."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and any(fnmatchcase(path.name, one) for one in DOWNLOAD_PATTERNS):
-            files[path.name] = path
-    return files

@@ -22,7 +22,6 @@ from finesight.label.label_store import (
     LabelStore,
     Suggestion,
     can_review,
-    check_utf8,
     get_question,
     get_text,
     list_boxes,
@@ -34,7 +33,7 @@ from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.metric_components import METRICS
 from finesight.model_folder import resolve_model_path
 from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
-from finesight.samples.image_file import IMAGE_SUFFIXES, CorruptImageError, list_pages
+from finesight.samples.image_file import CorruptImageError, is_image_file, list_images, list_pages
 from finesight.samples.marked_prompt import remove_marks, write_marked_prompt
 from finesight.samples.prompt_format import PromptFormat
 from finesight.samples.run_examples import read_run_examples
@@ -44,6 +43,7 @@ from finesight.samples.sample import (
     LocatedSample,
     Message,
     Sample,
+    check_utf8,
     format_number,
     read_samples,
 )
@@ -532,7 +532,7 @@ def read_items(
                 expected="images, folders of images, or a JSONL file",
                 remedy=suggest_similar_path(source),
             )
-        if source.is_dir() or _is_image(source):
+        if source.is_dir() or is_image_file(source):
             files = [] if review else list_images(source)
             found = [*map(build_question, files)]
         else:
@@ -556,13 +556,6 @@ def read_items(
     return items
 
 
-def list_images(path: Path) -> list[Path]:
-    """Return an image, or the images in a folder and its subfolders, without hidden ones."""
-    files = filter(_is_image, path.rglob("*") if path.is_dir() else [path])
-    named = {one: one.relative_to(path).parts for one in files}
-    return sorted(one for one, parts in named.items() if not any(part[0] == "." for part in parts))
-
-
 def _build_question(
     path: Path, question: LabelQuestion, prompt_format: PromptFormat
 ) -> LocatedSample:
@@ -577,10 +570,6 @@ def _build_question(
     messages = (*system_messages, Message(role="user", content=content))
     sample = Sample(id=check_utf8(str(path)), messages=messages)
     return LocatedSample(sample, path.parent)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _parse_json(text: str) -> dict[str, Any] | list[Any] | None:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
-from finesight.files.bounded_files import MAX_FILE_BYTES, is_utf8, read_json
+from finesight.files.bounded_files import MAX_FILE_BYTES, read_json
 from finesight.files.storage import (
     FileLock,
     append_line,
@@ -49,6 +49,7 @@ from finesight.samples.sample import (
     TextPart,
     encode_samples,
     read_samples,
+    relocate_sample,
     validate_sample,
 )
 from finesight.settings.config import Recipe
@@ -717,34 +718,23 @@ def _store_fraction(file: Path, fraction: float | None) -> float:
         ) from error
 
 
-def check_utf8(path: str) -> str:
-    """Return a path that samples can store; raise UserError for others."""
-    if not is_utf8(path):
-        raise UserError(
-            "the path is not UTF-8 text",
-            where=path,
-            expected="file and folder names in UTF-8, because samples store them as JSON",
-            remedy="rename the file or folder",
-        )
-    return path
-
-
-def relocate_sample(located: LocatedSample, folder: Path) -> Sample:
-    """Return a sample with paths relative to another folder."""
-    start = os.path.realpath(folder)
-
-    def rename(name: str) -> str:
-        return check_utf8(os.path.relpath(os.path.abspath(located.resolve_path(name)), start))
-
-    return located.sample.map_paths(rename)
-
-
 def _read_entries(folder: Path) -> list[JournalEntry]:
     """Return the entries of a journal without an incomplete last line."""
     journal = folder / JOURNAL_FILE
     content = journal.read_bytes()
     complete_lines = content[: content.rfind(b"\n") + 1].splitlines()
     return read_journal(journal, complete_lines)
+
+
+def find_label_sources(recipe: Recipe) -> list[str] | None:
+    """Return the existing sources of the images that a run was trained on.
+
+    None if the training data of the run are no labels.
+    """
+    folder = find_label_folder(recipe)
+    if folder is None:
+        return None
+    return list(filter(os.path.exists, read_sources(folder)))
 
 
 def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[AnswerContent]]]:

@@ -9,31 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-OPERATIONS: Mapping[str, Mapping[str, str]] = {
+_TARGETS: Mapping[str, Mapping[str, str]] = {
     "Start": {
-        "init": "operations.init:init",
-        "quickstart": "operations.init:quickstart",
+        "init": "ingest.init_operation:init",
+        "quickstart": "ingest.init_operation:quickstart",
         "studio": "app.start:studio",
-        "doctor": "operations.evaluation:doctor",
-        "download": "operations.deployment:download",
+        "doctor": "doctor.doctor_operation:doctor",
+        "download": "ingest.download_operation:download",
     },
     "Data": {
-        "import": "operations.dataset:import_data",
-        "check": "operations.dataset:check_data",
+        "import": "ingest.data_operations:import_data",
+        "check": "ingest.data_operations:check_data",
         "label": "app.start_label:label",
         "sample": "operations.responses:sample",
-        "pairs": "operations.responses:pairs",
-        "show": "operations.dataset:show",
-        "data export": "operations.dataset:export_data",
+        "pairs": "label.pairs_operation:pairs",
+        "show": "operations.show:show",
+        "data export": "ingest.data_operations:export_data",
     },
     "Training": {
-        "plan": "operations.training:plan",
+        "plan": "plan.plan_operation:plan",
         "train": "operations.training:train",
-        "search": "operations.training:search",
-        "launch": "operations.training:launch",
-        "convert": "operations.training:convert",
+        "search": "launch.launch_operations:search",
+        "launch": "launch.launch_operations:launch",
+        "convert": "convert.convert_operation:convert",
     },
     "Evaluation": {
         "eval": "operations.evaluation:evaluate",
@@ -48,10 +49,22 @@ OPERATIONS: Mapping[str, Mapping[str, str]] = {
         "serve": "app.start:serve",
     },
     "Deployment": {
-        "merge": "operations.deployment:merge",
-        "export": "operations.deployment:export",
+        "merge": "export.export_operations:merge",
+        "export": "export.export_operations:export",
     },
 }
+
+
+def _list_installed(targets: Mapping[str, str]) -> dict[str, str]:
+    """Return the operations whose packages exist: the core works without the others."""
+    installed = {}
+    for name, target in targets.items():
+        if find_spec(f"finesight.{target.partition('.')[0]}") is not None:
+            installed[name] = target
+    return installed
+
+
+OPERATIONS = {group: _list_installed(targets) for group, targets in _TARGETS.items()}
 """Module and function of the operations by group and name, in the order of the help.
 
 A name may have two words.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,6 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
     from finesight.evaluate.regression_guard import GroupResult, LoadedGroup
     from finesight.infer.model_loader import InferenceModel
@@ -47,7 +45,6 @@ ANSWER_FILES = ("answers.csv", "answers.jsonl")
 CSV_COLUMNS = ("id", "image", "prompt", "answer")
 """First columns of the CSV file."""
 
-EXIT_ERROR_FOUND = 2
 EXIT_REGRESSION = 3
 
 
@@ -422,8 +419,7 @@ def _group_images(
 
 def _find_images(paths: Sequence[Path]) -> list[Path]:
     """Return image files, and those in folders. Raises UserError if there are none."""
-    from finesight.label.label_session import list_images
-    from finesight.samples.image_file import get_file
+    from finesight.samples.image_file import get_file, list_images
 
     files: list[Path] = []
     for path in paths:
@@ -665,34 +661,3 @@ def _propose_replay(recipe: Path) -> Step:
     overrides = [f"data.train={data}", f"output_dir={recipe.parent}-replay"]
     purpose = "replay a tenth of general samples in each epoch of a new training"
     return Step("train", {"recipe": recipe, "overrides": overrides}, purpose)
-
-
-def doctor(
-    subject: Annotated[StrPath | None, Parameter(metavar="RUN|MODEL", is_positional=True)] = None,
-) -> Outcome[DiagnosisSections]:
-    """Diagnose a machine, a model or a run: problems, effects, and commands that fix them.
-
-    Without an argument, this machine: memory, disks, package conflicts, torch and driver,
-    environment variables, and optional packages.
-
-    Run, from its records: why it ended, flat or rising loss, lower metrics, answers without end,
-    boxes in wrong coordinates.
-
-    Model or adapter folder: missing or corrupt files.
-
-    The command changes nothing and does not use the network. Exit code: 0 without errors, 2 with
-    errors.
-
-    Example: finesight doctor runs/latex
-
-    Args:
-        subject: Run folder, or model or adapter folder. Default: this machine.
-    """
-    from finesight.doctor import diagnose, diagnose_machine
-    from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses
-
-    diagnosis = diagnose_machine(os.environ) if subject is None else diagnose(str(subject))
-    exit_code = EXIT_ERROR_FOUND if count_severity(diagnosis, "error") else 0
-    data = diagnoses_to_dict(diagnosis)
-    lines = [*format_diagnoses(diagnosis)]
-    return Outcome(diagnosis, lines, data, exit_code=exit_code)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from finesight.components import find_satellite
+
 MIN_SIMILARITY = 0.7
 """Minimum similarity (difflib ratio) of a word that is proposed."""
 
@@ -193,11 +195,13 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
         commands: Names of all commands.
     """
     # Commands that are correct do not need the settings.
-    from finesight.launch.launcher_component import LAUNCHERS
     from finesight.objective_components import OBJECTIVES
     from finesight.tracker_components import TRACKERS
 
-    guesses = dict.fromkeys((one.name for one in LAUNCHERS.list_built_in()), "launch RECIPE")
+    guesses: dict[str, str] = {}
+    launchers = find_satellite("finesight.launch.launcher_component:LAUNCHERS")
+    if launchers is not None:
+        guesses |= dict.fromkeys((one.name for one in launchers.list_built_in()), "launch RECIPE")
     for objective in OBJECTIVES.list_available():
         guesses[objective.name] = f"train RECIPE train.objective={objective.name}"
         guesses |= dict.fromkeys(objective.guesses.split(), objective.command)

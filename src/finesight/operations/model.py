@@ -295,9 +295,9 @@ class Model:
         Raises:
             UserError: The folder exists, or the run has an adapter and fully trained parts.
         """
-        from finesight.export.hf_files import list_files, list_model_files
         from finesight.files.storage import DIGESTS_FILE, write_folder
         from finesight.infer.model_loader import resolve_model_source
+        from finesight.model_folder import list_files, list_model_files
         from finesight.settings.manifest import MANIFEST_FILE, find_manifest_file
 
         source = resolve_model_source(self.name)
@@ -336,9 +336,10 @@ class Model:
         Raises:
             UserError: The folder exists, or the model has no adapter.
         """
-        from finesight.operations import deployment
+        from finesight.operations import find_operation
 
-        return as_function(deployment.merge)(self.name, path)
+        merged: VerifiedMerge = as_function(find_operation("merge"))(self.name, path)
+        return merged
 
 
 ModelArgument = Annotated[StrPath | Model, *RunOrModelArgument.__metadata__]

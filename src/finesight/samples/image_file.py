@@ -742,3 +742,15 @@ def read_image_size(
     if is_transposed:
         return width, height
     return height, width
+
+
+def is_image_file(path: Path) -> bool:
+    """Return whether a file exists and has the suffix of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def list_images(path: Path) -> list[Path]:
+    """Return an image, or the images in a folder and its subfolders, without hidden ones."""
+    files = filter(is_image_file, path.rglob("*") if path.is_dir() else [path])
+    named = {one: one.relative_to(path).parts for one in files}
+    return sorted(one for one, parts in named.items() if not any(part[0] == "." for part in parts))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +34,12 @@ from pydantic import (
 
 from finesight.errors import Remedy, Step, UserError, describe_indices, suggest_name
 from finesight.files import storage
-from finesight.files.bounded_files import parse_json, parse_unique_json, translate_os_errors
+from finesight.files.bounded_files import (
+    is_utf8,
+    parse_json,
+    parse_unique_json,
+    translate_os_errors,
+)
 from finesight.samples.boxes import InvalidBoxError, find_coordinates, is_inside_image
 from finesight.samples.frames import Box
 from finesight.samples.line_index import UTF8_BOM, IndexedLines, open_data_file, read_lines
@@ -913,3 +920,39 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     elif not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
         remedy = _IMPORT
     return UserError(what, where=where, expected=expected, remedy=remedy)
+
+
+def count_ids(kind: str, names: Iterable[object], source: object) -> Counter[str]:
+    """Count the IDs of items such as images. Raises UserError if two are equal."""
+    ids = Counter(map(str, names))
+    duplicate, count = next(iter(ids.most_common(1)), ("", 0))
+    if count > 1:
+        raise UserError(
+            f"{count} {kind} have the id {duplicate}",
+            where=str(source),
+            expected=f"unique IDs of {kind}",
+            remedy=f"assign new IDs to the {kind} and their annotations",
+        )
+    return ids
+
+
+def check_utf8(path: str) -> str:
+    """Return a path that samples can store; raise UserError for others."""
+    if not is_utf8(path):
+        raise UserError(
+            "the path is not UTF-8 text",
+            where=path,
+            expected="file and folder names in UTF-8, because samples store them as JSON",
+            remedy="rename the file or folder",
+        )
+    return path
+
+
+def relocate_sample(located: LocatedSample, folder: Path) -> Sample:
+    """Return a sample with paths relative to another folder."""
+    start = os.path.realpath(folder)
+
+    def rename(name: str) -> str:
+        return check_utf8(os.path.relpath(os.path.abspath(located.resolve_path(name)), start))
+
+    return located.sample.map_paths(rename)

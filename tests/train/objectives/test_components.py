@@ -80,10 +80,10 @@ TRAINER_TABLES = {
 
 FOREIGN_NAMES = {
     "convert/config_loader.py": "the default method of ms-swift",
-    "data/formats/row_keys.py": "keys of rows of other trainers",
+    "ingest/formats/row_keys.py": "keys of rows of other trainers",
     "train/objectives/orpo/trainers.yaml": "the method of LLaMA-Factory that has this loss",
     "train/objectives/simpo/trainers.yaml": "the method of LLaMA-Factory that has this loss",
-    "trainer_settings.yaml": "values of settings of other trainers",
+    "settings/trainer_settings.yaml": "values of settings of other trainers",
 }
 """Files in which the name of an objective has another meaning, and which."""
 

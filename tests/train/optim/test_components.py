@@ -50,7 +50,7 @@ def test_smaller_optimizer_is_another_one():
 
 NAMING_FILES = {
     "optimizer_components.py": "the default",
-    "trainer_settings.yaml": "names of optimizers in other trainers",
+    "settings/trainer_settings.yaml": "names of optimizers in other trainers",
     "convert/trainer_converter.py": "class of torch in a configuration of DeepSpeed",
 }
 """Files apart from the folders of optimizers that have their names, and for what."""

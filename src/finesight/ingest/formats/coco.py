@@ -46,7 +46,7 @@ from finesight.ingest.formats.image_annotations import (
     round_coordinate,
     trace_mask,
 )
-from finesight.ingest.formats.json_annotations import count_ids, read_document
+from finesight.ingest.formats.json_annotations import read_document
 from finesight.ingest.formats.row_keys import count_keys
 from finesight.ingest.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.samples.boxes import (
@@ -55,7 +55,7 @@ from finesight.samples.boxes import (
     find_bounds,
     translate_shape_errors,
 )
-from finesight.samples.sample import MAX_BOXES, LocatedSample
+from finesight.samples.sample import MAX_BOXES, LocatedSample, count_ids
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
 _LIST_KEYS = ("images", "annotations", "categories")

@@ -30,16 +30,17 @@ from finesight.errors import (
     shorten,
     suggest_name,
 )
-from finesight.operations.dataset import (
+from finesight.ingest.data_operations import (
     build_import_options,
     check_data,
     format_import,
-    get_init_folder,
     import_data,
 )
+from finesight.ingest.source_options import TableOptions
+from finesight.operations.next_steps import get_init_folder
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
-from finesight.operations.options import TableOptions
-from finesight.operations.training import GpusOption, build_train_step, plan, train
+from finesight.operations.training import train
+from finesight.plan.plan_operation import GpusOption, build_train_step, plan
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:

@@ -55,16 +55,17 @@ _TARGETS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def _list_installed(targets: Mapping[str, str]) -> dict[str, str]:
+def _list_installed() -> dict[str, dict[str, str]]:
     """Return the operations whose packages exist: the core works without the others."""
-    installed = {}
-    for name, target in targets.items():
-        if find_spec(f"finesight.{target.partition('.')[0]}") is not None:
-            installed[name] = target
+    installed: dict[str, dict[str, str]] = {}
+    for group, targets in _TARGETS.items():
+        for name, target in targets.items():
+            if find_spec(f"finesight.{target.partition('.')[0]}") is not None:
+                installed.setdefault(group, {})[name] = target
     return installed
 
 
-OPERATIONS = {group: _list_installed(targets) for group, targets in _TARGETS.items()}
+OPERATIONS = _list_installed()
 """Module and function of the operations by group and name, in the order of the help.
 
 A name may have two words.

@@ -26,7 +26,7 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
-from finesight import doctor
+from finesight.doctor import all_checks as doctor
 from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis, load_catalog
 from finesight.report.run_reader import read_run

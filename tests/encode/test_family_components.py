@@ -106,7 +106,7 @@ def test_plugin_does_not_take_the_names_of_built_in_families(monkeypatch):
 
 FOREIGN_NAMES = {
     "convert/external_config.py": "a text model of that name",
-    "trainer_settings.yaml": "values of settings of other trainers",
+    "settings/trainer_settings.yaml": "values of settings of other trainers",
 }
 """Files in which the name of a family has another meaning, and which."""
 

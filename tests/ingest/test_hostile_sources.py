@@ -15,10 +15,11 @@ from box_fixtures import SCENES, write_scene
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.errors import UserError
-from finesight.ingest import importer, line_index
+from finesight.ingest import importer
 from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import ImportSummary, import_dataset
 from finesight.ingest.source_fetch import fetch_source
+from finesight.samples import line_index
 from finesight.samples.sample import read_samples
 
 HANG_S = 60

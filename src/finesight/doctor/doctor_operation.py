@@ -35,7 +35,7 @@ def doctor(
     Args:
         subject: Run folder, or model or adapter folder. Default: this machine.
     """
-    from finesight.doctor import diagnose, diagnose_machine
+    from finesight.doctor.all_checks import diagnose, diagnose_machine
     from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses
 
     diagnosis = diagnose_machine(os.environ) if subject is None else diagnose(str(subject))

@@ -535,11 +535,14 @@ class SettingsSearch:
         if self._prefer_large_packs:
             wanted = MIN_EFFICIENT_PACK_TOKENS
         target_budget = max(min_budget, min(wanted, self._steps.single_pack_budget))
+        wanted_settings = None
+        problem: UserError | None = None
         for nf4_parts in self._quantization_choices:
             try:
                 self._build_model(nf4_parts)
-            except UserError:
+            except UserError as error:
                 # Mixture of experts, a pre-quantized model, or bitsandbytes is missing.
+                problem = error
                 continue
             wanted_settings = replace(
                 recipe_settings, pack_tokens=target_budget, nf4_parts=nf4_parts
@@ -552,6 +555,9 @@ class SettingsSearch:
             for least in self._list_least_memory(wanted_settings):
                 if self._fits_memory(least):
                     return self._find_max_budget(least)
+        if wanted_settings is None:
+            assert problem is not None  # there is at least one choice
+            raise problem
         return min(
             self._list_least_memory(wanted_settings),
             key=lambda least: self.estimate_peak(least).total,

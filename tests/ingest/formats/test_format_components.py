@@ -73,7 +73,6 @@ NAMING_FILES = {
     "doctor/model_check.py": "extra of a model family",
     "encode/tokenization.py": "extra of a model family",
     "ingest/data_operations.py": "example of a command",
-    "operations/training.py": "a trainer with configurations",
     "serve/request_middleware.py": "path of the backend for the program",
 }
 """Files with names of formats, and why. Those of convert/ and families/ are of other things."""

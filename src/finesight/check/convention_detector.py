@@ -22,8 +22,8 @@ A hypothesis is accepted if all conditions hold:
   image.
 3. Half of the boxes overlap by less than 0.85 with the declared boxes.
 4. Its boxes fit better than boxes stretched or shrunk by a tenth (named conventions), or best of
-  about 1,500 candidate frames (resized images). Frames within 5 % of a named convention are that
-  convention.
+  the candidate frames (resized images, see `find_frame`). Frames within 5 % of a named convention
+  are that convention.
 
 The declared convention is tested first. If its boxes match their images and are possible, no other
 hypothesis is tested. Without images, or with inconclusive images, bounds are sufficient if a fifth
@@ -61,7 +61,7 @@ from finesight.check.box_hypothesis import (
 )
 from finesight.check.check_issues import CheckIssue
 from finesight.data.boxes import BoxConvention
-from finesight.samples.frames import BoxFrame, Order, Unit, get_reference_side
+from finesight.samples.frames import ORDERS, BoxFrame, Order, Unit, get_reference_side
 
 MIN_SCORE_DIFF = 2.0
 """Minimum difference of image scores with which a sample favors one of two hypotheses."""
@@ -392,14 +392,15 @@ def find_frame(
     seeds.append(_find_fixed_frame(coarse, order))
 
     fine = FrameScorer(claims, corners, evidence, NUM_CONTROLS)
-    scores = fine.find_best([_list_similar_frames(seed) for seed in seeds])
+    groups = [_list_similar_frames(seed) for seed in seeds]
+    scores = fine.find_best(groups)
     best, *others = scores
     for other in others:
         if evidence.z_score(scores[other] - scores[best]) > MIN_Z_GAIN:
             best = other
     # Any pair of sides could have been found, although few pairs are scored.
-    num_tries = NUM_SIZES**2 + NUM_SIZES * len(others) + len(FINE_STEPS) * len(scores)
-    return best, num_tries
+    num_coarse = NUM_SIZES * len(others) + NUM_SIZES**2
+    return best, num_coarse + sum(len(group) for group in groups)
 
 
 def _list_rule_frames(claims: BoxClaimTable, order: Order, corners: Floats) -> list[list[BoxFrame]]:
@@ -484,8 +485,6 @@ MIN_Z = 4.0
 
 BOX_UNITS: tuple[Unit, ...] = ("pixel", "1000", "1", "100")
 
-BOX_FORMATS: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh", "yxyx")
-
 
 def find_convention_issues(
     claims: Sequence[BoxClaim], open_image: ImageOpener | None = open_edge_contrast
@@ -544,7 +543,7 @@ class ConventionDetector:
         units = list(dict.fromkeys((declared.units, *BOX_UNITS)))
         if not self._is_same(resized, BoxFrame()) and "resized" not in units:
             units.append("resized")
-        box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != declared.format)
+        box_formats = sorted(ORDERS, key=lambda box_format: box_format != declared.format)
         combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
         return [one.frame for one in combinations if one != declared]
 
@@ -598,7 +597,7 @@ class ConventionDetector:
         # with many of them. The declared format needs no alternative unless it has many.
         box_formats = [
             box_format
-            for box_format in (self.declared.order, *BOX_FORMATS)
+            for box_format in (self.declared.order, *ORDERS)
             if self.claims.count_samples(
                 find_inverted_boxes(to_corner_table(box_format, self.claims.coordinates))
             )

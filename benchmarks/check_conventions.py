@@ -4,8 +4,9 @@
 
 DATA_FOLDER contains captions/ and grounding/ with real boxes; other sources are generated. Each
 trial uses 300 samples of a source (or all, if fewer) and injects one fault into all of them. The
-main sources run `--trials` trials per fault, the others a twentieth. Clean sources measure false
-alarms. Prints a table and writes results/check_conventions.json.
+found size of a resized copy is right within 5 % of the true size. The main sources run `--trials`
+trials per fault, the others a twentieth. Clean sources measure false alarms. Prints a table and
+writes results/check_conventions.json.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,12 +45,16 @@ from finesight.ingest.check.box_hypothesis import (
 )
 from finesight.ingest.check.convention_detector import find_convention_issues
 from finesight.samples.boxes import BoxConvention
+from finesight.samples.frames import BoxFrame
 
 SAMPLES_PER_TRIAL = 300
 """Samples of a source per trial."""
 
 DRAWN_SAMPLES = 300
 """Samples of a generated source."""
+
+MAX_SIZE_ERROR = 0.05
+"""Largest relative error of a side with which the found size of a copy is right."""
 
 Record = dict[str, Any]
 
@@ -98,37 +103,65 @@ def to_units(
     return tuple(round(full_range * v / side, digits) for v, side in zip(box, sides, strict=True))
 
 
-def make_resized_copy(rng: random.Random) -> BoxTransform:
-    """Sample a resized image size: a factor, a square, another fixed size, or a longest side."""
+@dataclass(frozen=True)
+class ResizedCopy:
+    """Boxes in pixels of a copy of the image.
+
+    `kind` is what `width` and `height` are: the size of all copies, or the factor, longest or
+    shortest side of copies with the aspect ratio of their image, both times the same number.
+    """
+
+    kind: str
+    width: float
+    height: float
+
+    def compute_size(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Return the height and width of the copy of an image."""
+        if self.kind == "fixed":
+            return self.height, self.width
+        reference = {"factor": 1, "longest": max(size), "shortest": min(size)}[self.kind]
+        height, width = size
+        return height * self.height / reference, width * self.width / reference
+
+    def __call__(self, box: BoxCorners, size: tuple[int, int], _: random.Random) -> BoxCorners:
+        height, width = self.compute_size(size)
+        fractions = to_units(1, 9, box, size, None)
+        sides = (width, height)
+        return tuple(round(share * sides[axis % 2], 1) for axis, share in enumerate(fractions))
+
+    def has_size_of(self, frame: BoxFrame, sizes: Iterable[tuple[int, int]]) -> bool:
+        """Return whether a frame has the sides of the copies of all images within 5 %."""
+        for size in sizes:
+            for side, found in zip(self.compute_size(size), frame.compute_size(*size), strict=True):
+                if abs(found / side - 1) > MAX_SIZE_ERROR:
+                    return False
+        return True
+
+
+def make_resized_copy(rng: random.Random) -> ResizedCopy:
+    """Sample a size that tools write: a factor, a square, another fixed size, or a longest side."""
     kind = rng.choice(("factor", "square", "fixed", "longest"))
     factor = rng.choice((0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.85, 1.2, 1.5, 2.0))
     square = rng.choice((224, 336, 384, 448, 512, 560, 640, 768, 896, 1120))
     fixed = rng.choice(((600, 450), (800, 600), (1024, 768), (504, 280), (700, 420)))
     longest = rng.choice((336, 512, 600, 800, 1333))
-
-    def transform(box: BoxCorners, size: tuple[int, int], _: random.Random) -> BoxCorners:
-        height, width = size
-        sides = {
-            "factor": (factor * width, factor * height),
-            "square": (square, square),
-            "fixed": fixed,
-            "longest": tuple(longest * side / max(size) for side in (width, height)),
-        }[kind]
-        fractions = to_units(1, 9, box, size, None)
-        return tuple(round(share * sides[axis % 2], 1) for axis, share in enumerate(fractions))
-
-    return transform
+    if kind == "fixed":
+        return ResizedCopy("fixed", *fixed)
+    if kind == "square":
+        return ResizedCopy("fixed", square, square)
+    side = factor if kind == "factor" else longest
+    return ResizedCopy(kind, side, side)
 
 
-def make_odd_copy(rng: random.Random) -> BoxTransform:
-    """Sample a size of all images that no tool writes."""
-    sides = rng.randint(211, 1499), rng.randint(211, 1499)
-
-    def transform(box: BoxCorners, size: tuple[int, int], _: random.Random) -> BoxCorners:
-        fractions = to_units(1, 9, box, size, None)
-        return tuple(round(share * sides[axis % 2], 1) for axis, share in enumerate(fractions))
-
-    return transform
+def make_odd_copy(rng: random.Random) -> ResizedCopy:
+    """Sample any size from a range."""
+    kind = rng.choice(("factor", "fixed", "fixed", "longest", "shortest"))
+    if kind == "fixed":
+        return ResizedCopy("fixed", rng.randint(211, 1499), rng.randint(211, 1499))
+    side: float = rng.randint(211, 1499)
+    if kind == "factor":
+        side = rng.choice((rng.uniform(0.25, 0.88), rng.uniform(1.12, 2.2)))
+    return ResizedCopy(kind, side, side)
 
 
 def to_yxyx(box: BoxCorners, size: tuple[int, int], rng: random.Random) -> BoxCorners:
@@ -281,13 +314,15 @@ def ambiguous_sources(sources: dict[str, BoxSource], seed: int) -> list[BoxSourc
 
 
 def make_claims(
-    source: BoxSource, fault: ConventionFault | None, rng: random.Random
+    source: BoxSource,
+    fault: ConventionFault | None,
+    transform: BoxTransform | None,
+    rng: random.Random,
 ) -> list[BoxClaim]:
     """Build the box claims of a trial: samples without replacement, with the fault in every box."""
     indices = sorted(
         rng.sample(range(len(source.items)), min(SAMPLES_PER_TRIAL, len(source.items)))
     )
-    transform = fault.make_transform(rng) if fault is not None else None
     shared_orientation = rng.choice((6, 8, 3, None))
     result = []
     for number in indices:
@@ -342,11 +377,22 @@ def corrupt_box(box: BoxCorners, size: tuple[int, int], rng: random.Random) -> B
 def run_trial(
     source: BoxSource, fault: ConventionFault | None, gallery: ImageGallery, seed: str
 ) -> str:
-    """Return the reported issue codes of a trial, joined; "" if none."""
-    verdicts = find_convention_issues(
-        make_claims(source, fault, random.Random(seed)), gallery.edge_sums
-    )
-    return "+".join(verdict.code for verdict in verdicts)
+    """Return the reported issue codes of a trial, joined; "" if none.
+
+    " of another size" follows if the size of the copy is wrong.
+    """
+    rng = random.Random(seed)
+    transform = None
+    if fault is not None:
+        transform = fault.make_transform(rng)
+    claims = make_claims(source, fault, transform, rng)
+    verdicts = find_convention_issues(claims, gallery.edge_sums)
+    codes = "+".join(verdict.code for verdict in verdicts)
+    if verdicts and isinstance(transform, ResizedCopy):
+        sizes = {claim.image_size for claim in claims}
+        if not transform.has_size_of(verdicts[0].hypothesis, sizes):
+            return f"{codes} of another size"
+    return codes
 
 
 @dataclass(frozen=True)
@@ -428,7 +474,8 @@ def main() -> None:
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         records = [record for records in pool.map(run_task, tasks, 1) for record in records]
     result = {
-        "command": "benchmarks/check_conventions.py DATA_FOLDER",
+        "command": f"benchmarks/check_conventions.py DATA_FOLDER --trials {args.trials}",
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "trials": args.trials,
         "cpu_seconds": round(time.process_time() - start + sum(r["seconds"] for r in records)),
         "records": records,

@@ -33,7 +33,7 @@ from finesight.errors import UserError, suggest_name
 from finesight.files.bounded_files import load_yaml, read_text
 from finesight.ingest.field_path import FieldPath, PathStep, parse_path
 from finesight.samples.boxes import BoxConvention
-from finesight.samples.frames import Unit
+from finesight.samples.frames import Order, Unit
 
 MAPPING_VERSION = 1
 
@@ -360,7 +360,7 @@ class Frame(MappingSection):
         size: Paths to width and height of the annotated image, which must be those of the file.
     """
 
-    order: Literal["xyxy", "xywh", "cxcywh", "yxyx"] = "xyxy"
+    order: Order = "xyxy"
     unit: Literal["pixels", "fractions", "percent", "thousandths", "resized"] = "pixels"
     size: tuple[PathField, PathField] | None = None
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,8 @@ Box = tuple[float, float, float, float]
 
 Order = Literal["xyxy", "xywh", "cxcywh", "yxyx"]
 """Order of box coordinates: two corners, corner and size, center and size, or corners y first."""
+
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 Unit = Literal["pixel", "1", "100", "1000", "resized"]
 """Coordinate units: pixels of the original image, image sides scaled to 1, 100 or 1000, or pixels

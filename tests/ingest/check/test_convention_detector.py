@@ -281,6 +281,13 @@ def test_longest_side_resize_differs_from_scale_factor(objects: list[BoxClaim]) 
     assert "the longest side about 20" in verdict.description
 
 
+def test_longest_side_of_about_1000_is_not_thousandths(objects: list[BoxClaim]) -> None:
+    changed = apply_convention(objects, lambda box, size: scaled_by(980 / max(size))(box, size))
+    (verdict,) = find_convention_issues(changed, get_image_evidence)
+    assert verdict.hypothesis.base == "longest"
+    assert verdict.hypothesis.width == pytest.approx(980, rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def exif_rotated(tmp_path_factory: pytest.TempPathFactory) -> list[BoxClaim]:
     """JPEG files with EXIF turns of all kinds, square ones among them, boxes as stored."""

@@ -22,8 +22,8 @@ A hypothesis is accepted if all conditions hold:
   image.
 3. Half of the boxes overlap by less than 0.85 with the declared boxes.
 4. Its boxes fit better than boxes stretched or shrunk by a tenth (named conventions), or best of
-  about 1,500 candidate frames (resized images). Frames within 5 % of a named convention are that
-  convention.
+  the candidate frames (resized images, see `find_frame`). Frames within 5 % of a named convention
+  are that convention.
 
 The declared convention is tested first. If its boxes match their images and are possible, no other
 hypothesis is tested. Without images, or with inconclusive images, bounds are sufficient if a fifth
@@ -61,7 +61,7 @@ from finesight.ingest.check.box_hypothesis import (
 )
 from finesight.ingest.check.check_issues import CheckIssue
 from finesight.samples.boxes import BoxConvention
-from finesight.samples.frames import BoxFrame, FrameBase, Order, Unit, get_reference_side
+from finesight.samples.frames import ORDERS, BoxFrame, Order, Unit, get_reference_side
 
 MIN_SCORE_DIFF = 2.0
 """Minimum difference of image scores with which a sample favors one of two hypotheses."""
@@ -305,142 +305,156 @@ def _describe_frame(frame: BoxFrame, claims: BoxClaimTable) -> str:
     return description + (", smaller images not enlarged" if frame.is_capped else "")
 
 
+NUM_SIZES = 33
+
 COARSE_STEP = 1.03
-"""Ratio between consecutive candidate sizes in the coarse search."""
+"""Ratio between consecutive candidate sizes.
 
-FINE_STEP = 1.005
-"""Ratio between consecutive candidate sizes in the fine search around the best ones."""
-
-MAX_SCALE = 2.6
-"""Ratio between the largest and the smallest candidate size.
-
-The smallest candidate just contains all boxes. In larger frames, all boxes would be in one corner.
+The smallest candidate just contains all boxes. In frames of more than 2.6 times its size, all boxes
+would be in one corner.
 """
 
-NUM_COARSE_IMAGES = 150
+FINE_STEPS = tuple(1.005**step for step in range(-3, 4))
+"""Factors of the sizes that are tested around the best candidate of each resize rule."""
 
-NUM_SEEDS = 3
-"""Number of sizes of each resize rule that are refined."""
+MAX_ROUNDS = 3
+"""Maximum number of searches for the width, and then for the height, of a fixed size."""
+
+NUM_COARSE_IMAGES = 60
+"""Number of images on which the sizes in steps of 3 % are compared."""
 
 OUTLIER_FRACTION = 0.01
 """Fraction of boxes that may be outside of a candidate frame."""
 
-FrameKind = tuple[FrameBase, bool, int]
-"""Resize rule: `base`, `is_capped` and `side_multiple` of a `BoxFrame`."""
-
-FRAME_KINDS: tuple[FrameKind, ...] = (
-    ("factor", False, 1),
-    ("longest", False, 1),
-    ("shortest", False, 1),
-    ("pixels", False, 1),
-    ("longest", True, 1),
-    ("pixels", True, 1),
-    ("pixels", False, 28),
-    ("pixels", True, 28),
+RESIZE_RULES = (
+    BoxFrame(base="factor"),
+    BoxFrame(base="longest"),
+    BoxFrame(base="shortest"),
+    BoxFrame(base="pixels"),
+    BoxFrame(base="longest", is_capped=True),
+    BoxFrame(base="pixels", is_capped=True),
+    BoxFrame(base="pixels", side_multiple=28),
+    BoxFrame(base="pixels", is_capped=True, side_multiple=28),
 )
-"""Resize rules that preserve the aspect ratio, exactly or except for rounding."""
+"""Rules of one number that preserve the aspect ratio, exactly or except for rounding."""
 
 MIN_Z_GAIN = 3.0
 """Minimum z score to prefer a more complex resize rule over a simpler one."""
 
 
+@dataclass(frozen=True)
+class FrameScorer:
+    """Image scores of boxes under candidate frames.
+
+    Attributes:
+        corners: Two corners of each box [N, 4] in the unknown unit.
+    """
+
+    claims: BoxClaimTable
+    corners: Floats
+    evidence: ImageEvidence
+    num_controls: int
+
+    def find_best(self, groups: Sequence[Sequence[BoxFrame]]) -> dict[BoxFrame, Floats]:
+        """Return the best frame of each group with its scores [n] of the measured boxes.
+
+        Many frames take little more time than one, because the images are prepared in each call.
+        """
+        frames = list(itertools.chain.from_iterable(groups))
+        rows = self.evidence.claim_rows
+        height, width = self.claims.height[rows], self.claims.width[rows]
+        sizes = [frame.compute_size(height, width) for frame in frames]
+        boxes = np.stack([divide_by_size(self.corners[rows], *size) for size in sizes], axis=1)
+        sums = self.evidence.score_boxes(boxes, self.num_controls).sum(axis=2)
+        scores = dict(zip(frames, sums.T, strict=True))
+        best = [max(group, key=lambda frame: _mean_score(scores[frame])) for group in groups]
+        return {frame: scores[frame] for frame in best}
+
+
 def find_frame(
-    claims: BoxClaimTable, evidence: ImageEvidence, box_format: Order
+    claims: BoxClaimTable, evidence: ImageEvidence, order: Order
 ) -> tuple[BoxFrame, int]:
-    """Find the coordinate frame in which boxes of a given format fit their images best.
+    """Find the coordinate frame in which boxes in an order fit their images best.
 
-    Returns it with the number of tested frames, which increases the false-positive probability.
+    Returns it with the number of frames from which it was chosen, which increases the
+    false-positive probability.
 
-    The search tests sizes in steps of 3 %, then in finer steps around the best sizes of each resize
-    rule. The rules differ only if the images differ in size. Of rules that fit equally well, the
-    simplest is returned.
+    The best size of each resize rule is found in steps of 3 %, then in finer steps. The simplest of
+    the rules that fit equally well is returned. A fixed size is the last of them, as it has two
+    numbers.
     """
-    corners = to_corner_table(box_format, claims.coordinates)
+    corners = to_corner_table(order, claims.coordinates)
+    coarse = FrameScorer(claims, corners, evidence.take(NUM_COARSE_IMAGES), num_controls=1)
+    seeds: list[BoxFrame] = []
+    if np.ptp(claims.width) > 0 or np.ptp(claims.height) > 0:
+        # The rules are equivalent to a fixed size if all images have the same size.
+        seeds.extend(coarse.find_best(_list_rule_frames(claims, order, corners)))
+    seeds.append(_find_fixed_frame(coarse, order))
 
-    def score_frames(
-        frames: Sequence[BoxFrame], evidence: ImageEvidence, num_controls: int
-    ) -> Floats:
-        """Return the image scores [n, R] of n boxes in R frames, summed over the sides."""
-        rows = evidence.claim_rows
-        sizes = (frame.compute_size(claims.height[rows], claims.width[rows]) for frame in frames)
-        boxes = np.stack([divide_by_size(corners[rows], *size) for size in sizes], axis=1)
-        scores: Floats = evidence.score_boxes(boxes, num_controls).sum(axis=2)
-        return scores
-
-    coarse_frames = _list_candidate_frames(claims, box_format, corners)
-    means = _mean_scores(score_frames(coarse_frames, evidence.take(NUM_COARSE_IMAGES), 1))
-    seeds = [
-        coarse_frames[index]
-        for group in _group_by_kind(coarse_frames)
-        for index in sorted(group, key=lambda n: -means[n])[:NUM_SEEDS]
-    ]
-    fine_steps = [FINE_STEP**step for step in range(-3, 4)]
-    fine_frames = []
-    for seed in seeds:
-        is_fixed = seed.base == "fixed"
-        combine = itertools.product if is_fixed else zip
-        for x, y in combine(fine_steps, fine_steps):
-            fine_frames.append(replace(seed, width=seed.width * x, height=seed.height * y))
-    scores = score_frames(fine_frames, evidence, NUM_CONTROLS)
-    means = _mean_scores(scores)
-    best, *others = (max(group, key=means.__getitem__) for group in _group_by_kind(fine_frames))
-    for index in others:
-        if evidence.z_score(scores[:, index] - scores[:, best]) > MIN_Z_GAIN:
-            best = index
-    num_tries = len(coarse_frames) + len(fine_frames)
-    return fine_frames[best], num_tries
+    fine = FrameScorer(claims, corners, evidence, NUM_CONTROLS)
+    groups = [_list_similar_frames(seed) for seed in seeds]
+    scores = fine.find_best(groups)
+    best, *others = scores
+    for other in others:
+        if evidence.z_score(scores[other] - scores[best]) > MIN_Z_GAIN:
+            best = other
+    # Any pair of sides could have been found, although few pairs are scored.
+    num_coarse = NUM_SIZES * len(others) + NUM_SIZES**2
+    return best, num_coarse + sum(len(group) for group in groups)
 
 
-def _list_candidate_frames(
-    claims: BoxClaimTable, box_format: Order, corners: Floats
-) -> list[BoxFrame]:
-    """Return frames of one size for all images, and frames with the aspect ratio of each image.
-
-    The latter are omitted if all images have the same size, because both are then equivalent.
-    """
-
-    def max_extent(values: Floats) -> float:
-        return max(float(np.quantile(values, 1 - OUTLIER_FRACTION)), 1e-3)
-
-    def list_sizes(values: Floats) -> list[float]:
-        num_steps = math.ceil(math.log(MAX_SCALE) / math.log(COARSE_STEP))
-        return [0.99 * max_extent(values) * COARSE_STEP**step for step in range(num_steps)]
-
-    x, y = corners[:, 2], corners[:, 3]
-    frames = [
-        BoxFrame(box_format, "fixed", width, height)
-        for width, height in itertools.product(list_sizes(x), list_sizes(y))
-    ]
-    if np.ptp(claims.width) == 0 and np.ptp(claims.height) == 0:
-        return frames
-    extent = np.maximum(x / claims.width, y / claims.height)
-    for base, is_capped, side_multiple in FRAME_KINDS:
-        if is_capped and max_extent(extent) > 1.01:
+def _list_rule_frames(claims: BoxClaimTable, order: Order, corners: Floats) -> list[list[BoxFrame]]:
+    """Return the candidate frames of each resize rule with the aspect ratio of each image."""
+    extent = np.maximum(corners[:, 2] / claims.width, corners[:, 3] / claims.height)
+    groups = []
+    for rule in RESIZE_RULES:
+        if rule.is_capped and _max_extent(extent) > 1.01:
             continue
-        min_side = extent * get_reference_side(base, claims.height, claims.width)
-        sizes = list_sizes(min_side)
-        frames += [
-            BoxFrame(box_format, base, size, size, is_capped, side_multiple) for size in sizes
-        ]
-    return frames
+        sizes = _list_sizes(extent * get_reference_side(rule.base, claims.height, claims.width))
+        groups.append([replace(rule, order=order, width=size, height=size) for size in sizes])
+    return groups
 
 
-def _mean_scores(scores: Floats) -> Floats:
-    """Return the mean score of each frame, and minus infinity if too many boxes are outside."""
-    clipped = np.clip(scores, -MAX_SCORE, MAX_SCORE)
-    is_valid = np.isfinite(clipped)
-    means = np.where(is_valid, clipped, 0).sum(axis=0) / np.maximum(is_valid.sum(axis=0), 1)
-    return np.where(is_valid.mean(axis=0) > 1 - 3 * OUTLIER_FRACTION, means, -np.inf)
+def _find_fixed_frame(scorer: FrameScorer, order: Order) -> BoxFrame:
+    """Find the size of all images, of which the width and the height take turns.
+
+    All pairs of sides would be many frames. The left and right sides of boxes fit edges even if the
+    height is not known yet.
+    """
+    widths = _list_sizes(scorer.corners[:, 2])
+    heights = _list_sizes(scorer.corners[:, 3])
+    best = BoxFrame(order, "fixed", widths[0], heights[0])
+    for _ in range(MAX_ROUNDS):
+        previous = best
+        (best,) = scorer.find_best([[replace(best, width=width) for width in widths]])
+        (best,) = scorer.find_best([[replace(best, height=height) for height in heights]])
+        if best == previous:
+            break
+    return best
 
 
-def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
-    """Return the indices of the frames of each resize rule, the simplest rule first."""
-    order: list[FrameKind] = [FRAME_KINDS[0], FRAME_KINDS[1], ("fixed", False, 1), *FRAME_KINDS[2:]]
-    groups = [
-        [n for n, f in enumerate(frames) if (f.base, f.is_capped, f.side_multiple) == kind]
-        for kind in order
-    ]
-    return [group for group in groups if group]
+def _list_similar_frames(frame: BoxFrame) -> list[BoxFrame]:
+    steps = [(step, step) for step in FINE_STEPS]
+    if frame.base == "fixed":
+        steps = list(itertools.product(FINE_STEPS, FINE_STEPS))
+    return [replace(frame, width=frame.width * x, height=frame.height * y) for x, y in steps]
+
+
+def _list_sizes(extents: Floats) -> list[float]:
+    """Return candidate sizes of frames that contain the ends of nearly all boxes."""
+    return [0.99 * _max_extent(extents) * COARSE_STEP**step for step in range(NUM_SIZES)]
+
+
+def _max_extent(extents: Floats) -> float:
+    return max(float(np.quantile(extents, 1 - OUTLIER_FRACTION)), 1e-3)
+
+
+def _mean_score(scores: Floats) -> float:
+    """Return the mean score of boxes, or minus infinity if too many are outside of their image."""
+    is_inside = np.isfinite(scores)
+    if is_inside.mean() <= 1 - 3 * OUTLIER_FRACTION:
+        return -math.inf
+    return float(np.clip(scores[is_inside], -MAX_SCORE, MAX_SCORE).mean())
 
 
 MIN_SAMPLES = 20
@@ -461,7 +475,7 @@ MAX_SAME_IOU = 0.85
 """Median overlap of the boxes of two hypotheses from which they are considered the same."""
 
 MAX_FRAME_DIFF = 0.05
-"""Relative difference in size below which two coordinate frames are considered the same."""
+"""Mean relative difference in size below which two coordinate frames are considered the same."""
 
 MIN_SIDE_SHIFT = 0.01
 """Minimum shift of a compared box side, as a fraction of the image."""
@@ -470,8 +484,6 @@ MIN_Z = 4.0
 """Minimum z score to prefer one hypothesis over another; its false-positive bound is 3e-4."""
 
 BOX_UNITS: tuple[Unit, ...] = ("pixel", "1000", "1", "100")
-
-BOX_FORMATS: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh", "yxyx")
 
 
 def find_convention_issues(
@@ -531,7 +543,7 @@ class ConventionDetector:
         units = list(dict.fromkeys((declared.units, *BOX_UNITS)))
         if not self._is_same(resized, BoxFrame()) and "resized" not in units:
             units.append("resized")
-        box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != declared.format)
+        box_formats = sorted(ORDERS, key=lambda box_format: box_format != declared.format)
         combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
         return [one.frame for one in combinations if one != declared]
 
@@ -551,24 +563,33 @@ class ConventionDetector:
             one for one in alternatives if self._count_invalid(one) <= self._max_invalid_samples
         ]
         self._ensure_scores([self.declared, *feasible])
+        supported = None
         for alternative in sorted(feasible, key=lambda one: -self._mean_score(one)):
             if self._is_supported(alternative, num_tries) and self._is_preferred(alternative):
-                is_certain = alternative.base != "resized"
-                is_certain = is_certain and not self._exceeds_thousandths(alternative)
-                if is_certain or not search_frames:
-                    return self._compare(alternative, num_tries).build_issue()
+                supported = alternative
                 break
-        if search_frames and (issue := self._detect_resized_frames(feasible)):
-            return issue
+        # A resized copy is similar to thousandths or percent if its sides are about 1000 or 100.
+        if search_frames and (supported is None or supported.unit not in ("pixel", "1")):
+            if supported is not None and self._exceeds_thousandths(supported):
+                supported = None
+            if issue := self._detect_resized_frames(feasible, supported):
+                return issue
+        if supported is not None:
+            return self._compare(supported, num_tries).build_issue()
         for alternative in feasible:
             if self._is_certain_by_bounds(alternative) and self._is_preferred(alternative):
                 return self._compare(alternative, num_tries).build_issue()
         return self._find_mixed_issue(alternatives)
 
-    def _detect_resized_frames(self, feasible: Sequence[BoxFrame]) -> ConventionIssue | None:
+    def _detect_resized_frames(
+        self, feasible: Sequence[BoxFrame], supported: BoxFrame | None
+    ) -> ConventionIssue | None:
         """Search for the best-fitting resized image size, and return an issue or None.
 
         A size close to a known hypothesis is attributed to that hypothesis.
+
+        Args:
+            supported: Known hypothesis that fits the images, and remains unless a size fits better.
         """
         if self._evidence is None:
             return None
@@ -576,7 +597,7 @@ class ConventionDetector:
         # with many of them. The declared format needs no alternative unless it has many.
         box_formats = [
             box_format
-            for box_format in (self.declared.order, *BOX_FORMATS)
+            for box_format in (self.declared.order, *ORDERS)
             if self.claims.count_samples(
                 find_inverted_boxes(to_corner_table(box_format, self.claims.coordinates))
             )
@@ -589,9 +610,8 @@ class ConventionDetector:
         if best is None or self._z_score(best) < min_z_score(num_tries):
             return None
         found = next((o for o in (self.declared, *feasible) if self._is_same(o, best)), best)
-        for one in feasible:
-            if one.base == "resized" and self._mean_score(one) >= self._mean_score(best):
-                found = one
+        if supported is not None and self._z_score(best, supported) <= MIN_Z_GAIN:
+            found = supported
         if found == self.declared or not self._is_preferred(found):
             return None
         return self._compare(found, num_tries).build_issue()
@@ -609,7 +629,7 @@ class ConventionDetector:
             for one in (hypothesis, candidate)
         )
         return all(
-            abs(float(np.median(np.log(one / other)))) < MAX_FRAME_DIFF
+            float(np.abs(np.log(one / other)).mean()) < MAX_FRAME_DIFF
             for one, other in zip(*sizes, strict=True)
         )
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,12 +31,13 @@ from finesight.evaluate.environment import (
     ResultBlock,
     ToolResult,
 )
+from finesight.evaluate.episode import EpisodeRunner, EpisodeStart, add_tools
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import iter_completions
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model_folder import ModelFolder
-from finesight.train.episode import EpisodeRunner, EpisodeStart, add_tools
 from finesight.train.rollout import join_sequences
+from finesight.vision.image_processing import concat_patches
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets"
 
@@ -61,6 +63,7 @@ class RandomEnvironment(Environment):
 
     def __init__(self, rng: random.Random, words: Sequence[str] = WORDS) -> None:
         self.tools = (TOOL,)
+        self.has_reward = True
         self.rng = rng
         self.words = words
         self.results: list[Sequence[ResultBlock]] = []
@@ -84,6 +87,18 @@ class RandomSession(EnvironmentSession):
 
     def get_reward(self) -> float:
         return 0.5
+
+
+def start_empty(index: int, prompt: EncodedSample) -> EpisodeStart:
+    return EpisodeStart({}, [])
+
+
+def continue_episode(
+    runner: EpisodeRunner, index: int, request: GenerationRequest, ids: Sequence[int]
+) -> GenerationRequest | None:
+    """Add the tokens of an answer, and wait for its tools."""
+    tokens = [GeneratedToken(one, -1.0) for one in ids]
+    return runner.continue_episode(index, request, tokens).result()
 
 
 def make_text(rng: random.Random, words: Sequence[str]) -> str:
@@ -157,7 +172,7 @@ def check_episode(
     sample = Sample(id="a", messages=tuple(messages))
     located = add_tools(LocatedSample(sample, folder), environment.tools)
     prompt = renderer.encode_prompt(located)
-    runner = EpisodeRunner(environment, renderer, [EpisodeStart({}, [])], max_iterations=6)
+    runner = EpisodeRunner(environment, renderer, start_empty, max_iterations=6)
     request: GenerationRequest | None = GenerationRequest(
         prompt=prompt, max_new_tokens=10**6, sampling_params=SamplingParams(seed=1)
     )
@@ -172,7 +187,7 @@ def check_episode(
         before = [*request.prompt.tokenized.ids_T.tolist(), *ids]
         expected_mask += [False] * (request.prompt.tokenized.num_tokens - len(expected_mask))
         expected_mask += [True] * len(ids)
-        further = runner.continue_episode(0, request, [GeneratedToken(one, -1.0) for one in ids])
+        further = continue_episode(runner, 0, request, ids)
         if further is not None:
             found = further.prompt
             assert found.tokenized.ids_T[: len(before)].tolist() == before
@@ -250,7 +265,7 @@ def assert_same_prompt(found: EncodedSample, expected: EncodedSample) -> None:
     assert positions.dtype == expected.tokenized.position_ids_3T.dtype
     ranges = [(span.start, span.stop, span.grid_thw) for span in found.tokenized.spans]
     assert ranges == [(span.start, span.stop, span.grid_thw) for span in expected.tokenized.spans]
-    assert np.array_equal(found.patches_ND, expected.patches_ND)
+    assert np.array_equal(concat_patches(found.list_patches()), expected.patches_ND)
 
 
 def check_episodes(
@@ -335,7 +350,7 @@ def test_engine_continues_the_sequence_with_the_probabilities_of_training(
     sample = Sample(id="a", messages=(Message(role="user", content=content),))
     environment = RandomEnvironment(rng)
     prompt = renderer.encode_prompt(add_tools(LocatedSample(sample, tmp_path), environment.tools))
-    runner = EpisodeRunner(environment, renderer, [EpisodeStart({}, [])] * 2, max_iterations=3)
+    runner = EpisodeRunner(environment, renderer, start_empty, max_iterations=3)
     answers = {
         index: [make_answer(renderer, rng, calls=turn < 2) for turn in range(3)]
         for index in range(2)
@@ -350,8 +365,11 @@ def test_engine_continues_the_sequence_with_the_probabilities_of_training(
 
     def follow_up(
         index: int, request: GenerationRequest, tokens: list[GeneratedToken]
-    ) -> GenerationRequest | None:
-        return force(index, runner.continue_episode(index, request, tokens))
+    ) -> Future[GenerationRequest | None]:
+        further: Future[GenerationRequest | None] = Future()
+        turn = runner.continue_episode(index, request, tokens).result()
+        further.set_result(force(index, turn))
+        return further
 
     requests = []
     for index in range(2):
@@ -514,13 +532,12 @@ def test_hostile_episodes_are_counted(hostile, tmp_path):
     failing = EpisodeStart(ROW | {"id": "fails"}, [])
     starts = [*[EpisodeStart(ROW, [])] * len(names), failing, EpisodeStart(ROW, [])]
     end = renderer.end_ids[0]
-    with EpisodeRunner(hostile, renderer, starts, max_iterations=1) as runner:
+    with EpisodeRunner(hostile, renderer, lambda n, _: starts[n], max_iterations=1) as runner:
         for index, name in enumerate([*names, "environ"]):
             call = ToolCallPart(name=name).to_text()
             ids = [*renderer.tokenizer.encode(call), end]
             request = GenerationRequest(prompt=prompt, max_new_tokens=2000)
-            tokens = [GeneratedToken(one, -1.0) for one in ids]
-            further = runner.continue_episode(index, request, tokens)
+            further = continue_episode(runner, index, request, ids)
             episode = runner.episodes[index]
             assert (further is None) == bool(episode.error), name
             if further is None:
@@ -531,14 +548,14 @@ def test_hostile_episodes_are_counted(hostile, tmp_path):
             text = renderer.tokenizer.decode(result.tolist(), skip_special_tokens=False)
             assert ("no key" in text) == (name == "environ")
             # A second turn with calls exceeds the limit.
-            assert runner.continue_episode(index, further, tokens) is None
+            assert continue_episode(runner, index, further, ids) is None
             assert (episode.reward, episode.num_calls) == (1.5, 1)
             assert episode.num_mistakes == (name == "unknown")
         assert sorted(runner.errors.values()) == [1, 1, 1, 1]
         assert any("no reset" in text for text in runner.errors)
         # Without a token for the next answer, the episode is truncated.
         request = GenerationRequest(prompt=prompt, max_new_tokens=len(ids) + 3)
-        assert runner.continue_episode(len(names) + 1, request, tokens) is None
+        assert continue_episode(runner, len(names) + 1, request, ids) is None
         assert runner.episodes[len(names) + 1].is_truncated
 
 

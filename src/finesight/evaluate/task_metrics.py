@@ -12,7 +12,7 @@ from functools import partial
 
 from finesight.config import PYTHON_PREFIX, MetricSpec
 from finesight.data.boxes import box_area
-from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT
+from finesight.data.sample import find_tool_calls
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric, json_metrics, python_functions
 from finesight.evaluate.eval_case import (
@@ -170,7 +170,7 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     if reference_kind == "json":
         return any(json_metrics.parse_form(text) is not None for text in texts)
     if reference_kind == "tool call":
-        return any(TOOL_CALL_END in text and TOOL_CALL_TEXT.search(text) for text in texts)
+        return any(find_tool_calls(text) for text in texts)
     if "box" in reference_kind:
         return any(reference_kind != "box" or box_area(box.xyxy) for box in reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())

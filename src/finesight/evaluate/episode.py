@@ -7,23 +7,26 @@ the sequence, with the keys and values of its earlier tokens from the prefix cac
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import hashlib
+import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from finesight.data.sample import (
-    TOOL_CALL_TEXT,
     ImagePart,
     LocatedSample,
+    find_tool_calls,
     join_text,
     parse_tool_call,
 )
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import EncodedSample
+from finesight.encode.tokenization import EncodedSample, TokenizedSample
+from finesight.environment_components import EpisodeSettings
 from finesight.errors import UserError
 from finesight.evaluate.environment import (
     Environment,
@@ -33,13 +36,26 @@ from finesight.evaluate.environment import (
     describe_mistake,
 )
 from finesight.evaluate.eval_case import ReferenceAnswer
-from finesight.infer.block_manager import hash_images
-from finesight.infer.prediction import box_to_dict
+from finesight.infer.block_manager import hash_image, hash_images
+from finesight.infer.prediction import (
+    EpisodeRecord,
+    EpisodeTurn,
+    Prediction,
+    append_response,
+    box_to_dict,
+    derive_seed,
+    list_ids,
+)
 from finesight.infer.request import GeneratedToken, GenerationRequest
-from finesight.train.rollout import append_response, list_ids
 
 MAX_CALLS = 8
 """Maximum number of tool calls in a turn."""
+
+NUM_TOOL_THREADS = 32
+"""Threads that call tools while the model generates, one for an episode at a time."""
+
+THUMBNAIL_SIDE = 256
+"""Maximum side in pixels of the images of tool results in records of episodes."""
 
 
 @dataclass
@@ -50,7 +66,8 @@ class Episode:
         sequence: Prompt, answers and tool results so far; only tokens of answers are supervised.
         tokens: Sampled tokens of all answers.
         answer_ids: Tokens of the last answer.
-        is_truncated: Whether the tokens ended before the model ended the episode.
+        is_truncated: Whether a limit ended the episode before the model did.
+        turns: Answers and tool results for pages.
         error: Problem of the environment that ended the episode; empty for none.
         reward: Reward of the environment; None without one.
         num_turns: Number of answers.
@@ -60,7 +77,7 @@ class Episode:
     sequence: EncodedSample
     tokens: list[GeneratedToken] = field(default_factory=list)
     answer_ids: list[int] = field(default_factory=list)
-    is_finished: bool = False
+    turns: list[EpisodeTurn] = field(default_factory=list)
     is_truncated: bool = False
     error: str = ""
     reward: float | None = None
@@ -75,7 +92,6 @@ class Episode:
             sequence=append_response(prompt, tokens),
             tokens=tokens,
             answer_ids=list_ids(tokens),
-            is_finished=True,
             num_turns=1,
         )
 
@@ -89,73 +105,94 @@ class EpisodeStart:
 
 
 class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
-    """Runs the tool calls of concurrent episodes. Close it to end their processes.
+    """Runs the tool calls of concurrent episodes in threads. Close it to end their processes.
 
     Args:
-        starts: Start of each episode by index.
+        build_start: Returns the start of an episode from its index and prompt. It may be called in
+            another thread.
         max_iterations: Maximum number of turns with tool calls.
 
     Attributes:
         episodes: Episodes by index.
-        errors: Number of episodes that ended with each error.
     """
 
     def __init__(
         self,
         environment: Environment,
         renderer: NativeRenderer,
-        starts: Sequence[EpisodeStart],
+        build_start: Callable[[int, EncodedSample], EpisodeStart],
         max_iterations: int,
     ) -> None:
         self._environment = environment
         self._renderer = renderer
-        self._starts = starts
+        self._build_start = build_start
         self._max_iterations = max_iterations
+        self._pool = ThreadPoolExecutor(NUM_TOOL_THREADS, "finesight-tools")
         self._sessions: dict[int, EnvironmentSession] = {}
+        self._turns: dict[int, Future[GenerationRequest | None]] = {}
         self.episodes: dict[int, Episode] = {}
-        self.errors: Counter[str] = Counter()
 
     def __exit__(self, *problem: object) -> None:
         self._end_processes()
+        self._pool.shutdown()
 
-    def _end_processes(self) -> None:
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+    @property
+    def errors(self) -> Counter[str]:
+        """Number of episodes that ended with each error."""
+        return Counter(episode.error for episode in self.episodes.values() if episode.error)
 
     def restart_unfinished(self) -> None:
-        """Remove unfinished episodes, which are sampled again from their prompts."""
+        """End the episodes that run. They are sampled again from their prompts."""
         self._end_processes()
-        self.episodes = {n: one for n, one in self.episodes.items() if one.is_finished}
+
+    def _end_processes(self) -> None:
+        for turn in self._turns.values():
+            turn.cancel()
+        # A thread may start a process meanwhile.
+        while wait(self._turns.values(), timeout=0.1).not_done:
+            self._environment.end_episodes()
+        for session in self._sessions.values():
+            session.close()
+        self._turns.clear()
+        self._sessions.clear()
 
     def continue_episode(
         self, index: int, request: GenerationRequest, tokens: list[GeneratedToken]
-    ) -> GenerationRequest | None:
-        """Add an answer to an episode, call its tools, and return the request of the next turn.
+    ) -> Future[GenerationRequest | None]:
+        """Add an answer to an episode, and call its tools in a thread.
 
         Returns:
-            None at the end of the episode: after an answer without calls, at a limit, or after an
-            error of the environment.
+            The request of the next turn. None at the end of the episode: after an answer without
+            calls, at a limit, or after an error of the environment.
         """
-        episode = self.episodes.setdefault(index, Episode(request.prompt))
+        episode = self.episodes.get(index)
+        # An episode that was ended by `restart_unfinished` starts with its first answer again.
+        if episode is None or request.prompt is not episode.sequence:
+            episode = Episode(request.prompt)
+            self.episodes[index] = episode
         episode.sequence = append_response(request.prompt, tokens)
         episode.tokens += tokens
         episode.answer_ids = list_ids(tokens)
         episode.num_turns += 1
+        turn = self._pool.submit(self._take_turn, index, episode, request)
+        self._turns[index] = turn
+        return turn
+
+    def _take_turn(
+        self, index: int, episode: Episode, request: GenerationRequest
+    ) -> GenerationRequest | None:
+        further = None
         try:
-            further = self._take_turn(index, episode, request)
+            further = self._call_tools(index, episode, request)
         except EpisodeError as error:
-            further = None
             episode.error = f"{error.where}: {error.what}"
-            self.errors[episode.error] += 1
         if further is None:
-            episode.is_finished = True
             session = self._sessions.pop(index, None)
             if session is not None:
                 session.close()
         return further
 
-    def _take_turn(
+    def _call_tools(
         self, index: int, episode: Episode, request: GenerationRequest
     ) -> GenerationRequest | None:
         """Call the tools of the last answer; without calls, read the reward of the episode.
@@ -163,31 +200,37 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
         Raises:
             EpisodeError: The environment fails.
         """
-        session = self._sessions.get(index)
-        if session is None:
-            start = self._starts[index]
-            session = self._environment.start_episode(start.row, start.images)
-            self._sessions[index] = session
-        calls = self._find_calls(episode)
+        is_thinking = episode.sequence.tokenized.is_thinking
+        answer = self._renderer.decode_completion(episode.answer_ids, is_thinking=is_thinking)
+        episode.turns.append(EpisodeTurn("assistant", (_as_text_part(answer.raw_text),)))
+        calls: list[str] = []
+        if episode.answer_ids[-1] == self._renderer.end_ids[0]:  # not a truncated answer
+            calls = find_tool_calls(answer.text)
         if calls and episode.num_turns <= self._max_iterations:
-            results = [self._call_tool(session, call) for call in calls]
-            episode.num_calls += len(results)
+            session = self._get_session(index, request.prompt)
+            results = [self._call_tool(session, call) for call in calls[:MAX_CALLS]]
+            if len(calls) > MAX_CALLS:
+                problem = f"a turn has at most {MAX_CALLS} calls; {len(calls)} were made, and the"
+                results.append(describe_mistake(f"{problem} others were ignored"))
+            episode.num_calls += len(calls)
             episode.num_mistakes += sum(result.is_mistake for result in results)
+            episode.turns.append(_record_results(results))
             further = self._append_results(episode, request, results)
             if further is not None:
                 return further
             episode.is_truncated = True
-        episode.reward = session.get_reward()
+        if self._environment.has_reward:
+            episode.reward = self._get_session(index, request.prompt).get_reward()
         return None
 
-    def _find_calls(self, episode: Episode) -> list[str]:
-        """Return the texts of the tool calls in the last answer; none if it is truncated."""
-        end_of_turn = self._renderer.end_ids[0]
-        if episode.answer_ids[-1] != end_of_turn:
-            return []
-        is_thinking = episode.sequence.tokenized.is_thinking
-        completion = self._renderer.decode_completion(episode.answer_ids, is_thinking=is_thinking)
-        return [match["call"] for match in TOOL_CALL_TEXT.finditer(completion.text)][:MAX_CALLS]
+    def _get_session(self, index: int, prompt: EncodedSample) -> EnvironmentSession:
+        """Return the environment of an episode, which starts with its first call."""
+        session = self._sessions.get(index)
+        if session is None:
+            start = self._build_start(index, prompt)
+            session = self._environment.start_episode(start.row, start.images)
+            self._sessions[index] = session
+        return session
 
     def _call_tool(self, session: EnvironmentSession, text: str) -> ToolResult:
         call = parse_tool_call(text, self._environment.tools)
@@ -217,17 +260,44 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
         if max_new_tokens < 1:
             return None
         episode.sequence = extended
-        seed = f"{request.sampling_params.seed}/{episode.num_turns}".encode()
-        digest = hashlib.sha256(seed).digest()
+        params = request.sampling_params
+        if params.seed is not None:
+            params = replace(params, seed=derive_seed(f"{params.seed}/{episode.num_turns}"))
+        known_hashes = request.image_hashes or hash_images(request.prompt)
+        new_spans = range(len(known_hashes), len(extended.tokenized.spans))
         return replace(
             request,
             prompt=extended,
             max_new_tokens=max_new_tokens,
-            sampling_params=replace(
-                request.sampling_params, seed=int.from_bytes(digest[:7], "little")
-            ),
-            image_hashes=hash_images(extended),
+            sampling_params=params,
+            image_hashes=(*known_hashes, *(hash_image(extended, index) for index in new_spans)),
         )
+
+
+def _as_text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _record_results(results: Sequence[ToolResult]) -> EpisodeTurn:
+    """Return the results of tools for pages, with small copies of their images."""
+    content = []
+    for result in results:
+        for block in result.blocks:
+            if isinstance(block, str):
+                content.append(_as_text_part(block))
+                continue
+            thumbnail = block.copy()
+            thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            buffer = io.BytesIO()
+            thumbnail.save(buffer, "JPEG")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            content.append({"type": "image", "image": f"data:image/jpeg;base64,{data}"})
+    return EpisodeTurn("tool", tuple(content))
+
+
+def open_environment(settings: EpisodeSettings, run_dir: Path) -> Environment:
+    """Load an environment; see `Environment`."""
+    return Environment(settings.environment, run_dir, settings.tool_timeout)
 
 
 def add_tools(located: LocatedSample, tools: Sequence[dict[str, Any]]) -> LocatedSample:
@@ -237,16 +307,31 @@ def add_tools(located: LocatedSample, tools: Sequence[dict[str, Any]]) -> Locate
     return replace(located, sample=located.sample.model_copy(update={"tools": (*own, *further)}))
 
 
+def add_episode(prediction: Prediction, episode: Episode) -> Prediction:
+    """Return the prediction of the last answer of an episode with all its turns."""
+    finish_reason = prediction.finish_reason
+    if episode.is_truncated:
+        finish_reason = "length"
+    record = EpisodeRecord(tuple(episode.turns), episode.reward, episode.error)
+    return replace(prediction, finish_reason=finish_reason, episode=record)
+
+
+def derive_environment_seed(name: str) -> int:
+    """Return the seed of an environment: 31 bits, as most random generators accept."""
+    return derive_seed(name) % (1 << 31)
+
+
 def build_start(
     located: LocatedSample,
-    prompt: EncodedSample,
+    prompt: TokenizedSample,
     references: ReferenceAnswer,
     renderer: NativeRenderer,
+    seed: int,
 ) -> EpisodeStart:
     """Return the values of a sample that an environment receives.
 
     The row has `id`, `prompt` (text of the last question), `references`, `boxes` of the reference
-    answer, `frames` (height and width of the frame of the boxes of each image) and `meta`.
+    answer, `frames` (height and width of the frame of the boxes of each image), `meta` and `seed`.
     """
     sample = located.sample
     texts, boxes = references
@@ -259,7 +344,7 @@ def build_start(
             located.resolve_path(p.image) for p in message.content if isinstance(p, ImagePart)
         ]
     frames = []
-    for span in prompt.tokenized.spans:
+    for span in prompt.spans:
         if span.kind == "image":
             frames.append(renderer.family.box_frame(span.resized_size))
     row = {
@@ -269,5 +354,6 @@ def build_start(
         "boxes": [box_to_dict(box) for box in boxes],
         "frames": frames,
         "meta": sample.meta,
+        "seed": seed,
     }
     return EpisodeStart(row, images)

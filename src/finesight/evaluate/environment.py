@@ -58,7 +58,7 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
 
     Args:
         name: `FILE.py:CLASS`, or the name of a component.
-        run_dir: Run whose copy replaces a missing file.
+        run_dir: Run whose copy replaces a missing file; None without copies.
         seconds: Maximum time of a call, waiting included.
 
     Attributes:
@@ -69,8 +69,9 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
         UserError: The file or the component does not exist, or its class is no environment.
     """
 
-    def __init__(self, name: str, run_dir: Path, seconds: float) -> None:
-        name = resolve_metric_path(name, run_dir, copy_name=ENVIRONMENT_COPY)
+    def __init__(self, name: str, run_dir: Path | None, seconds: float) -> None:
+        if run_dir is not None:
+            name = resolve_metric_path(name, run_dir, copy_name=ENVIRONMENT_COPY)
         self._where = name
         location = parse_metric_path(name)
         if location is not None:

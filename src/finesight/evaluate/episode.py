@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import (
     ImagePart,
     LocatedSample,
@@ -24,7 +25,7 @@ from finesight.data.sample import (
     join_text,
     parse_tool_call,
 )
-from finesight.encode.renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.environment_components import EpisodeSettings
 from finesight.errors import UserError
@@ -35,7 +36,7 @@ from finesight.evaluate.environment import (
     ToolResult,
     describe_mistake,
 )
-from finesight.evaluate.eval_case import ReferenceAnswer
+from finesight.evaluate.eval_case import ReferenceAnswer, get_reference_answer
 from finesight.infer.block_manager import hash_image, hash_images
 from finesight.infer.prediction import (
     EpisodeRecord,
@@ -45,8 +46,10 @@ from finesight.infer.prediction import (
     box_to_dict,
     derive_seed,
     list_ids,
+    predict,
 )
 from finesight.infer.request import GeneratedToken, GenerationRequest
+from finesight.model.backend_model import BackendModel
 
 MAX_CALLS = 8
 """Maximum number of tool calls in a turn."""
@@ -203,9 +206,7 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
         is_thinking = episode.sequence.tokenized.is_thinking
         answer = self._renderer.decode_completion(episode.answer_ids, is_thinking=is_thinking)
         episode.turns.append(EpisodeTurn("assistant", (_as_text_part(answer.raw_text),)))
-        calls: list[str] = []
-        if episode.answer_ids[-1] == self._renderer.end_ids[0]:  # not a truncated answer
-            calls = find_tool_calls(answer.text)
+        calls = self._find_calls(episode, answer.text)
         if calls and episode.num_turns <= self._max_iterations:
             session = self._get_session(index, request.prompt)
             results = [self._call_tool(session, call) for call in calls[:MAX_CALLS]]
@@ -222,6 +223,12 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
         if self._environment.has_reward:
             episode.reward = self._get_session(index, request.prompt).get_reward()
         return None
+
+    def _find_calls(self, episode: Episode, answer: str) -> list[str]:
+        """Return the texts of the tool calls in the last answer; none if it is truncated."""
+        if episode.answer_ids[-1] != self._renderer.end_ids[0]:
+            return []
+        return find_tool_calls(answer)
 
     def _get_session(self, index: int, prompt: EncodedSample) -> EnvironmentSession:
         """Return the environment of an episode, which starts with its first call."""
@@ -295,7 +302,7 @@ def _record_results(results: Sequence[ToolResult]) -> EpisodeTurn:
     return EpisodeTurn("tool", tuple(content))
 
 
-def open_environment(settings: EpisodeSettings, run_dir: Path) -> Environment:
+def open_environment(settings: EpisodeSettings, run_dir: Path | None) -> Environment:
     """Load an environment; see `Environment`."""
     return Environment(settings.environment, run_dir, settings.tool_timeout)
 
@@ -319,6 +326,66 @@ def add_episode(prediction: Prediction, episode: Episode) -> Prediction:
 def derive_environment_seed(name: str) -> int:
     """Return the seed of an environment: 31 bits, as most random generators accept."""
     return derive_seed(name) % (1 << 31)
+
+
+def predict_episodes(
+    environment: Environment,
+    settings: EpisodeSettings,
+    model: BackendModel,
+    renderer: Renderer,
+    samples: Sequence[LocatedSample],
+    *,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+    on_corrupt_image: Callable[[int, CorruptImageError], None] | None = None,
+    on_batch_reduced: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Generate an episode for each sample by greedy decoding, as `predict` does for one answer.
+
+    An environment receives the id of a sample as its seed.
+
+    Raises:
+        UserError: The family of the model has no native code.
+    """
+    if not renderer.is_native:
+        raise UserError(
+            "environments need the native code of a family, which this model does not have",
+            where=settings.environment,
+            expected="a model of a supported family",
+            remedy="evaluate without the environment",
+        )
+    with_tools = [add_tools(sample, environment.tools) for sample in samples]
+
+    def start(index: int, prompt: EncodedSample) -> EpisodeStart:
+        located = with_tools[index]
+        references: ReferenceAnswer = ((), ())
+        if located.sample.messages[-1].role == "assistant":
+            has_reasoning = renderer.renders_reasoning
+            references = get_reference_answer(located.sample, has_reasoning=has_reasoning)
+        seed = derive_environment_seed(located.sample.id)
+        return build_start(located, prompt.tokenized, references, renderer.native, seed)
+
+    max_iterations = settings.max_tool_calling_iterations
+    with EpisodeRunner(environment, renderer.native, start, max_iterations) as runner:
+
+        def on_full_memory(batch: int) -> None:
+            runner.restart_unfinished()
+            if on_batch_reduced is not None:
+                on_batch_reduced(batch)
+
+        predictions = predict(
+            model,
+            renderer,
+            with_tools,
+            max_new_tokens=settings.max_tokens,
+            batch_size=batch_size,
+            on_progress=on_progress,
+            on_corrupt_image=on_corrupt_image,
+            on_batch_reduced=on_full_memory,
+            follow_up=runner.continue_episode,
+        )
+    episodes = [runner.episodes[index] for index in sorted(runner.episodes)]
+    return [*map(add_episode, predictions, episodes)]
 
 
 def build_start(

@@ -265,6 +265,16 @@ TrustMetricOption = Annotated[
 ]
 
 
+EnvironmentOption = Annotated[
+    str | None,
+    Parameter(
+        "Environment whose tools the model calls: image_zoom_in_tool, FILE.py:CLASS, or none. "
+        "Default for a run: that of its recipe.",
+        metavar="NAME",
+    ),
+]
+
+
 LanguageOption = Annotated[
     Literal["en", "zh"] | None,
     Parameter(

@@ -465,8 +465,7 @@ class GrpoRollout(Rollout):
             if self.environment is not None:
                 prediction = add_episode(prediction, episode)
             predictions.append(prediction)
-            case = create_case(prediction, references)
-            cases.append(replace(case, environment_reward=episode.reward))
+            cases.append(create_case(prediction, references))
         start_time = time.perf_counter()
         rewards_GF = np.array(self.scorer.score(cases), dtype=np.float64).T
         self.reward_s += time.perf_counter() - start_time

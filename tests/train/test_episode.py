@@ -1,6 +1,7 @@
 """Episodes: tokens are only appended, and tools cannot harm the training."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -406,6 +407,125 @@ def test_engine_continues_the_sequence_with_the_probabilities_of_training(
     logps = logits.log_softmax(1).gather(1, batch.labels_L[:, None])[:, 0]
     sampled = [token.logprob for one in episodes for token in one.tokens]
     assert logps.tolist() == pytest.approx(sampled, abs=1e-4)
+
+
+class SlowEnvironment(RandomEnvironment):
+    """Environment whose calls take given times, in the order of `delays`."""
+
+    def __init__(self, delays: Sequence[float]) -> None:
+        super().__init__(random.Random(0))
+        self.delays = list(delays)
+
+    def start_episode(self, row: Any, images: Any) -> Any:
+        return SlowSession(self)
+
+
+class SlowSession(RandomSession):
+    def call_tool(self, name: str, arguments: Any) -> ToolResult:
+        time.sleep(self.environment.delays[arguments["x"]])  # type: ignore[attr-defined]
+        return ToolResult([f"result {arguments['x']}"])
+
+
+def test_times_of_tools_do_not_change_batches(tmp_path, monkeypatch):
+    """Rounding depends on batches; calls run beside decoding, and at the same time."""
+    model, renderer = make_random_model(tmp_path, "qwen3_vl")
+    vocab_size = model.config.decoder.vocab_size
+    sample = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    located = add_tools(LocatedSample(sample, tmp_path), [TOOL])
+    prompt = renderer.encode_prompt(located)
+
+    def sample_episodes(delays: Sequence[float]) -> tuple[list[int], list[list[float]]]:
+        environment = SlowEnvironment(delays)
+        engine = Engine(model, renderer.end_ids, max_num_seqs=3, num_cache_tokens=1 << 13)
+        batches: list[int] = []
+        step = engine.step
+
+        def record_step() -> Any:
+            batches.append(engine.num_running)
+            return step()
+
+        monkeypatch.setattr(engine, "step", record_step)
+        call = [ToolCallPart(name="zoom", arguments={"x": n}).to_text() for n in range(3)]
+
+        def force(index: int, turn: int, request: GenerationRequest) -> GenerationRequest:
+            text = call[index] if turn == 0 else "x" * (3 * index + 1)
+            ids = [*renderer.tokenizer.encode(text), renderer.end_ids[0]]
+            return replace(request, constraint=ForcedTokens(ids, vocab_size))
+
+        class ForcedRunner(EpisodeRunner):
+            def _take_turn(self, index: int, *args: Any) -> GenerationRequest | None:
+                further = super()._take_turn(index, *args)
+                return None if further is None else force(index, 1, further)
+
+        requests = []
+        for index in range(3):
+            params = SamplingParams(temperature=1.0, seed=index)
+            request = GenerationRequest(
+                prompt=prompt, max_new_tokens=1000, sampling_params=params, logprobs=0
+            )
+            requests.append((index, force(index, 0, request)))
+        with ForcedRunner(environment, renderer, start_empty, max_iterations=3) as runner:
+            list(iter_completions(engine, requests, 3, follow_up=runner.continue_episode))
+        logprobs = []
+        for index in range(3):
+            assert runner.episodes[index].num_turns == 2
+            logprobs.append([token.logprob for token in runner.episodes[index].tokens])
+        return batches, logprobs
+
+    first = sample_episodes([0.0, 0.0, 0.0])
+    assert sample_episodes([0.3, 0.15, 0.0]) == first
+    assert sample_episodes([0.0, 0.2, 0.4]) == first
+
+
+def test_further_calls_of_a_turn_are_answered(tmp_path):
+    """The result of a turn with too many calls says so, and a session starts for calls only."""
+    renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "tiny")))
+    sample = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    environment = RandomEnvironment(random.Random(0), ["x"])
+    environment.has_reward = False
+    starts: list[int] = []
+
+    def start(index: int, prompt: EncodedSample) -> EpisodeStart:
+        starts.append(index)
+        return EpisodeStart({}, [])
+
+    prompt = renderer.encode_prompt(add_tools(LocatedSample(sample, tmp_path), environment.tools))
+    request = GenerationRequest(prompt=prompt, max_new_tokens=10**5)
+    end = renderer.end_ids[0]
+    call = ToolCallPart(name="zoom", arguments={"x": 1}).to_text()
+    with EpisodeRunner(environment, renderer, start, max_iterations=1) as runner:
+        answer = [*renderer.tokenizer.encode("x"), end]
+        assert continue_episode(runner, 0, request, answer) is None
+        assert runner.episodes[0].reward is None
+        ids = [*renderer.tokenizer.encode(call * 10), end]
+        further = continue_episode(runner, 1, request, ids)
+    assert starts == [1]
+    assert further is not None
+    found = further.prompt.tokenized.ids_T.tolist()
+    text = renderer.tokenizer.decode(found, skip_special_tokens=True)
+    assert "a turn has at most 8 calls; 10 were made, and the others were ignored" in text
+    episode = runner.episodes[1]
+    assert (episode.num_calls, episode.num_mistakes) == (10, 1)
+    # The patches of the prompt are those of all its episodes.
+    assert further.prompt.patches_ND is prompt.patches_ND
+
+
+def test_restarted_episodes_begin_with_their_prompt(hostile, tmp_path):
+    """Calls that run when the memory is full are killed, and leave no turn."""
+    renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "tiny")))
+    question = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    prompt = renderer.encode_prompt(add_tools(LocatedSample(question, tmp_path), hostile.tools))
+    request = GenerationRequest(prompt=prompt, max_new_tokens=2000)
+    end = renderer.end_ids[0]
+    with EpisodeRunner(hostile, renderer, lambda n, _: EpisodeStart(ROW, []), 1) as runner:
+        ids = [*renderer.tokenizer.encode(ToolCallPart(name="sleeps").to_text()), end]
+        tokens = [GeneratedToken(one, -1.0) for one in ids]
+        runner.continue_episode(0, request, tokens)
+        runner.restart_unfinished()
+        assert continue_episode(runner, 0, request, [end]) is None
+        episode = runner.episodes[0]
+        assert (episode.num_turns, episode.reward, episode.error) == (1, 1.5, "")
+        assert not runner.errors
 
 
 HOSTILE = '''

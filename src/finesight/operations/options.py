@@ -258,8 +258,9 @@ def parse_row_range(row_range: str) -> tuple[int | None, int | None]:
 TrustMetricOption = Annotated[
     bool,
     Parameter(
-        "Execute the custom metric or rewards (metric.py, reward_1.py) in a run folder that you "
-        "received from someone else. They are Python code: read them first.",
+        "Execute the custom metric, rewards or environment (metric.py, reward_1.py, "
+        "environment.py) in a run folder that you received from someone else. They are Python "
+        "code: read them first.",
         option="--trust-metric",
     ),
 ]

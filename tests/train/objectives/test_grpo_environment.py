@@ -225,7 +225,7 @@ def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
     answers = evaluate(
         str(tmp_path / "run"), data=train, metric="qa", limit=2, out=tmp_path / "out.jsonl"
     )
-    (line, *_) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    (line, *_) = [json.loads(line) for line in out.read_text().splitlines()]
     roles = [turn["role"] for turn in line["episode"]["turns"]]
     assert roles[:3] == ["assistant", "tool", "assistant"]
     assert "environment_reward" not in answers.value.scores

@@ -96,7 +96,6 @@ def test_wrong_items_are_explained(reward):
 OTHER_MEANINGS = {
     "report/summary.py": {"boxes"},
     "recipe.py": {"environment"},
-    "train/objectives/grpo/rollout.py": {"length"},
 }
 """Files about rewards with equal texts of another meaning: boxes of an answer, the setting
 `environment`, and the finish reason of a truncated response."""

@@ -115,9 +115,9 @@ class Deadly:
         self.id = id
         self.num_calls = 0
 
-    def _die(self, place):
+    def _die(self, moment):
         folder = Path({folder!r})
-        armed = folder / place
+        armed = folder / moment
         if armed.exists():
             armed.unlink()
             os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
@@ -179,8 +179,8 @@ def run_with_tools(task: TinyTask, name: str) -> int:
         os._exit(1)
 
 
-@pytest.mark.parametrize("place", ["tool", "reward"])
-def test_run_killed_in_an_environment_resumes_bit_exactly(tmp_path, place):
+@pytest.mark.parametrize("moment", ["tool", "reward"])
+def test_run_killed_in_an_environment_resumes_bit_exactly(tmp_path, moment):
     """The kill is during a call of a tool, or of get_reward, in the process of an episode."""
     torch.set_num_threads(1)
     task = TinyTask(tmp_path / "task")
@@ -194,9 +194,9 @@ def test_run_killed_in_an_environment_resumes_bit_exactly(tmp_path, place):
         while not (task.folder / "run" / "checkpoints" / f"step-{number + 1}").exists():
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        (task.folder / place).touch()
+        (task.folder / moment).touch()
         num_kills += ending(child) == "killed"
-        (task.folder / place).unlink(missing_ok=True)
+        (task.folder / moment).unlink(missing_ok=True)
     assert num_kills
     assert ending(run_with_tools(task, "run")) == "exit 0"
     assert_equal_runs(task.folder / "run", whole)

@@ -222,9 +222,8 @@ def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
     assert max(differences) <= 2e-6
 
     # Evaluation calls the tools, too, and pages show the crops.
-    answers = evaluate(
-        str(tmp_path / "run"), data=train, metric="qa", limit=2, out=tmp_path / "out.jsonl"
-    )
+    out = tmp_path / "out.jsonl"
+    answers = evaluate(str(tmp_path / "run"), data=train, metric="qa", limit=2, out=out)
     (line, *_) = [json.loads(line) for line in out.read_text().splitlines()]
     roles = [turn["role"] for turn in line["episode"]["turns"]]
     assert roles[:3] == ["assistant", "tool", "assistant"]

@@ -97,8 +97,8 @@ OTHER_MEANINGS = {
     "report/summary.py": {"boxes"},
     "recipe.py": {"environment"},
 }
-"""Files about rewards with equal texts of another meaning: boxes of an answer, the setting
-`environment`, and the finish reason of a truncated response."""
+"""Files about rewards with equal texts of another meaning: boxes of an answer, and the setting
+`environment`."""
 
 
 def test_no_other_module_names_a_reward():

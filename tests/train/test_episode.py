@@ -19,7 +19,16 @@ from tiny_model import create_tiny_model
 from tokenizers import Tokenizer
 
 from finesight.config import PixelLimits
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart, ToolCallPart
+from finesight.data.sample import (
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    ToolCallPart,
+    find_tool_calls,
+    parse_tool_call,
+)
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
@@ -526,6 +535,16 @@ def test_restarted_episodes_begin_with_their_prompt(hostile, tmp_path):
         episode = runner.episodes[0]
         assert (episode.num_turns, episode.reward, episode.error) == (1, 1.5, "")
         assert not runner.errors
+
+
+def test_unclosed_calls_are_read_in_linear_time():
+    many = 10**5
+    assert find_tool_calls("<tool_call>" * many) == []
+    assert find_tool_calls("<tool_call>a</tool_call>" + "<tool_call>" * many) == ["a"]
+    for content in ("<parameter=a>" * many, "<parameter=" * many):
+        call = parse_tool_call(f"<function=f>{content}</function>")
+        assert call is not None
+        assert call.arguments == {}
 
 
 HOSTILE = '''

@@ -167,10 +167,10 @@ def run_with_tools(task: TinyTask, name: str) -> int:
         def append(self: EpisodeRunner, episode: Episode, request: Any, results: Any) -> Any:
             return append_results(self, episode, replace(request, max_new_tokens=60), results)
 
-        append_results = EpisodeRunner._append_results
+        append_results = EpisodeRunner.append_results
         with (
-            patch.object(EpisodeRunner, "_find_calls", find_calls),
-            patch.object(EpisodeRunner, "_append_results", append),
+            patch.object(EpisodeRunner, "find_calls", find_calls),
+            patch.object(EpisodeRunner, "append_results", append),
             patch.object(rollout, "build_requests", shorten),
         ):
             train(load_recipe(path), resume=True, console=Console(file=io.StringIO()))

@@ -462,8 +462,8 @@ def test_times_of_tools_do_not_change_batches(tmp_path, monkeypatch):
             return replace(request, constraint=ForcedTokens(ids, vocab_size))
 
         class ForcedRunner(EpisodeRunner):
-            def _take_turn(self, index: int, *args: Any) -> GenerationRequest | None:
-                further = super()._take_turn(index, *args)
+            def take_turn(self, index: int, *args: Any) -> GenerationRequest | None:
+                further = super().take_turn(index, *args)
                 return None if further is None else force(index, 1, further)
 
         requests = []

@@ -177,13 +177,14 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
         episode.tokens += tokens
         episode.answer_ids = list_ids(tokens)
         episode.num_turns += 1
-        turn = self._pool.submit(self._take_turn, index, episode, request)
+        turn = self._pool.submit(self.take_turn, index, episode, request)
         self._turns[index] = turn
         return turn
 
-    def _take_turn(
+    def take_turn(
         self, index: int, episode: Episode, request: GenerationRequest
     ) -> GenerationRequest | None:
+        """Call the tools of the last answer, and end the process of an episode that ends."""
         further = None
         try:
             further = self._call_tools(index, episode, request)
@@ -206,7 +207,7 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
         is_thinking = episode.sequence.tokenized.is_thinking
         answer = self._renderer.decode_completion(episode.answer_ids, is_thinking=is_thinking)
         episode.turns.append(EpisodeTurn("assistant", (_as_text_part(answer.raw_text),)))
-        calls = self._find_calls(episode, answer.text)
+        calls = self.find_calls(episode, answer.text)
         if calls and episode.num_turns <= self._max_iterations:
             session = self._get_session(index, request.prompt)
             results = [self._call_tool(session, call) for call in calls[:MAX_CALLS]]
@@ -216,7 +217,7 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
             episode.num_calls += len(calls)
             episode.num_mistakes += sum(result.is_mistake for result in results)
             episode.turns.append(_record_results(results))
-            further = self._append_results(episode, request, results)
+            further = self.append_results(episode, request, results)
             if further is not None:
                 return further
             episode.is_truncated = True
@@ -224,7 +225,7 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
             episode.reward = self._get_session(index, request.prompt).get_reward()
         return None
 
-    def _find_calls(self, episode: Episode, answer: str) -> list[str]:
+    def find_calls(self, episode: Episode, answer: str) -> list[str]:
         """Return the texts of the tool calls in the last answer; none if it is truncated."""
         if episode.answer_ids[-1] != self._renderer.end_ids[0]:
             return []
@@ -245,7 +246,7 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
             return describe_mistake("the tool call has no valid name and arguments")
         return session.call_tool(call.name, call.arguments)
 
-    def _append_results(
+    def append_results(
         self, episode: Episode, request: GenerationRequest, results: Sequence[ToolResult]
     ) -> GenerationRequest | None:
         """Append the results of tools, and return the request of the next answer.

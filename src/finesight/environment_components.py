@@ -23,6 +23,23 @@ class EnvironmentComponent(Component[Any]):
         return problem
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpisodeSettings:
+    """Environment of episodes, and their limits.
+
+    Attributes:
+        environment: `FILE.py:CLASS`, or the name of a component.
+        max_tool_calling_iterations: Maximum number of turns with tool calls.
+        tool_timeout: Maximum number of seconds of a call of the environment.
+        max_tokens: Maximum number of tokens after the prompt, with the results of tools.
+    """
+
+    environment: str
+    max_tool_calling_iterations: int = 5
+    tool_timeout: float = 30.0
+    max_tokens: int = 4096
+
+
 ENVIRONMENTS = ComponentRegistry[EnvironmentComponent](
     "environments", EnvironmentComponent, "finesight.evaluate.environments"
 )

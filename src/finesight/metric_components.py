@@ -23,6 +23,9 @@ AnswerContent = Literal["text", "formula", "fields", "boxes", "points"]
 
 VALIDATION_LOSS = "validation_loss"
 
+ENVIRONMENT_REWARD = "environment_reward"
+"""Score of evaluations with an environment: the reward of an episode."""
+
 PAIR_METRICS = "rewards/accuracies", "rewards/margins"
 """Metrics of preference pairs in steps and evaluations, computed with the loss."""
 
@@ -69,6 +72,9 @@ GENERAL_SCORES = {
     ),
     "ended_with_eos": Score(
         title="ended with EOS", description="answers that ended before the token limit"
+    ),
+    ENVIRONMENT_REWARD: Score(
+        title="environment reward", description="result of get_reward of an episode", preference=9
     ),
     "rewards/accuracies": Score(
         title="reward accuracy", description="pairs whose chosen answer has the larger reward"

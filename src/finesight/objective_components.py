@@ -15,6 +15,7 @@ from finesight.components import (
     SettingsT,
     find_no_problem,
 )
+from finesight.environment_components import EpisodeSettings
 from finesight.settings.setting_types import WeightFormat, iter_paths
 from finesight.settings.trainer_tables import load_trainer_tables
 
@@ -52,8 +53,8 @@ class Sampling:
         temperature: Divisor of the logits.
         batch_size: Largest number of responses that are generated at once.
         masks_truncated: Whether truncated responses have no loss.
-        environment: Environment whose tools the responses call, a setting of the section, too; None
-            for responses without tools.
+        episodes: Environment whose tools the responses call, from the setting `environment` of the
+            section; None for responses without tools.
     """
 
     section: str
@@ -63,7 +64,7 @@ class Sampling:
     temperature: float
     batch_size: int
     masks_truncated: bool = False
-    environment: str | None = None
+    episodes: EpisodeSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from run_dir_fixtures import MANIFEST
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
-from finesight.infer import prediction
+from finesight.evaluate import generation_eval
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_question, generate
 from finesight.operations.evaluation import ANSWER_FILES
@@ -89,7 +89,7 @@ def test_placeholders_set_the_positions_of_images(
         asked.extend(samples)
         return []
 
-    monkeypatch.setattr(prediction, "predict", record)
+    monkeypatch.setattr(generation_eval, "predict", record)
     forms = [
         make_template("<image>{question}", 1, 0.6),
         make_template("{question}\n<image>", 1, 0.4),
@@ -116,13 +116,13 @@ def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatc
     out, folder = tmp_path / "answers", image_paths[0].parent
     fields = {"id": "=1+1", "boxes": [1, 2], "cost": -1e-5, "\ud83d": "\udc80"}
     answers = ['=HYPERLINK("x"),\n1', f"```json\n{json.dumps(fields)}\n```"]
-    predict = prediction.predict
+    predict = generation_eval.predict
 
     def read(*arguments, **options):
         found = zip(predict(*arguments, **options), answers, strict=True)
         return [replace(one, answer=answer) for one, answer in found]
 
-    monkeypatch.setattr(prediction, "predict", read)
+    monkeypatch.setattr(generation_eval, "predict", read)
     cli("predict", tiny, folder, *ASK, "--out", out)
     with (out / ANSWER_FILES[0]).open(encoding="utf-8-sig", newline="") as file:
         head, *rows = csv.reader(file)
@@ -249,7 +249,7 @@ def test_unreadable_images_are_skipped_and_named(tiny, tmp_path, cli, is_data):
 
 def test_images_that_vanish_are_skipped(tiny, image_paths, tmp_path, cli, monkeypatch):
     paths = [shutil.copy(image_paths[0], tmp_path / f"{n}.png") for n in range(3)]
-    predict = prediction.predict
+    predict = generation_eval.predict
 
     def remove_one_before_and_one_after(model, renderer, samples, **options):
         paths[0].unlink()
@@ -257,7 +257,7 @@ def test_images_that_vanish_are_skipped(tiny, image_paths, tmp_path, cli, monkey
         paths[1].unlink()
         return found
 
-    monkeypatch.setattr(prediction, "predict", remove_one_before_and_one_after)
+    monkeypatch.setattr(generation_eval, "predict", remove_one_before_and_one_after)
     printed = cli("predict", tiny, *paths, *ASK, "--draw", tmp_path / "drawn", "--json", code=4)
     assert [one["image"] for one in printed.records] == [*map(str, paths[1:])]
     assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["2.png"]

@@ -1,12 +1,15 @@
 """Tools of environments: their definitions, and the crops of the zoom tool."""
 
+import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.evaluate.environment import Environment, ToolResult
+from finesight.evaluate.environment import Environment, EpisodeError, ToolResult
 from finesight.evaluate.environment_worker import parse_docstring
 
 FILE = """
@@ -79,6 +82,92 @@ def test_tools_are_the_public_methods(tmp_path):
     assert isinstance(text, str)
     assert all(word in text for word in ("x: Field required", "button: ", "extra: "))
     assert missing == ToolResult(["Error: no tool '_secret'; the tools are click"], is_mistake=True)
+
+
+SEEDS = """
+class {name}:
+    def reset(self, {arguments}):
+        self.seed = {value}
+
+    def show(self, title: dict = {{"title": "Mr", "type": 1}}) -> str:
+        '''Show the seed.'''
+        return str(self.seed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "expected"),
+    [
+        ("id, seed", "seed", "7"),
+        ("id", "None", "None"),
+        ("**values", "sorted(values)", "['id', 'images']"),
+        ("seed, **values", "seed, sorted(values)", "(7, ['id', 'images'])"),
+    ],
+)
+def test_reset_receives_a_seed_if_it_declares_it(arguments, value, expected, tmp_path):
+    file = tmp_path / "seeds.py"
+    file.write_text(SEEDS.format(name="Seeds", arguments=arguments, value=value))
+    with Environment(f"{file}:Seeds", tmp_path, 30.0) as environment:
+        assert not environment.has_reward
+        session = environment.start_episode({"id": "a", "seed": 7}, [])
+        assert session.call_tool("show", {}).blocks == [expected]
+    parameters = environment.tools[0]["function"]["parameters"]
+    assert parameters["properties"]["title"]["default"] == {"title": "Mr", "type": 1}
+    assert [*parameters["properties"]["title"]] == ["type", "additionalProperties", "default"]
+
+
+PROGRAMS = """
+import os, subprocess, sys
+
+class Programs:
+    def reset(self):
+        pass
+
+    def start(self, crashes: bool) -> str:
+        '''Start a program.
+
+        Args:
+            crashes: Whether this process ends.
+        '''
+        program = "import signal as s, time; s.signal(s.SIGIO, s.SIG_IGN); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", program])
+        with open({file!r}, "w") as file:
+            file.write(str(child.pid))
+        if crashes:
+            os._exit(1)
+        return "started"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of lifelines")
+@pytest.mark.parametrize("crashes", [False, True])
+def test_programs_end_with_their_episode(crashes, tmp_path):
+    """Also if the process that started them has crashed, and without harm to other episodes."""
+    file = tmp_path / "programs.py"
+    file.write_text(PROGRAMS.format(file=str(tmp_path / "pid")))
+    with Environment(f"{file}:Programs", tmp_path, 30.0) as environment:
+        session = environment.start_episode({}, [])
+        other = environment.start_episode({}, [])
+        with pytest.raises(EpisodeError) if crashes else nullcontext():
+            session.call_tool("start", {"crashes": crashes})
+        pid = int((tmp_path / "pid").read_text())
+        assert is_running(pid)
+        session.close()
+        while is_running(pid):
+            time.sleep(0.01)
+        assert not other.call_tool("start", {"crashes": False}).is_mistake
+        pid = int((tmp_path / "pid").read_text())
+    while is_running(pid):
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in ("Z", "X")
 
 
 def test_docstrings_without_arguments():

@@ -96,10 +96,9 @@ def test_wrong_items_are_explained(reward):
 OTHER_MEANINGS = {
     "report/summary.py": {"boxes"},
     "settings/recipe.py": {"environment"},
-    "train/objectives/grpo/rollout.py": {"length"},
 }
-"""Files about rewards with equal texts of another meaning: boxes of an answer, the setting
-`environment`, and the finish reason of a truncated response."""
+"""Files about rewards with equal texts of another meaning: boxes of an answer, and the setting
+`environment`."""
 
 
 def test_no_other_module_names_a_reward():

@@ -1,7 +1,9 @@
 """Episodes: tokens are only appended, and tools cannot harm the training."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,7 @@ from finesight.evaluate.environment import (
     ResultBlock,
     ToolResult,
 )
+from finesight.evaluate.episode import EpisodeRunner, EpisodeStart, add_tools
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import iter_completions
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
@@ -39,10 +42,12 @@ from finesight.samples.sample import (
     Sample,
     TextPart,
     ToolCallPart,
+    find_tool_calls,
+    parse_tool_call,
 )
 from finesight.settings.config import PixelLimits
-from finesight.train.episode import EpisodeRunner, EpisodeStart, add_tools
 from finesight.train.rollout import join_sequences
+from finesight.vision.image_processing import concat_patches
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets"
 
@@ -68,6 +73,7 @@ class RandomEnvironment(Environment):
 
     def __init__(self, rng: random.Random, words: Sequence[str] = WORDS) -> None:
         self.tools = (TOOL,)
+        self.has_reward = True
         self.rng = rng
         self.words = words
         self.results: list[Sequence[ResultBlock]] = []
@@ -91,6 +97,18 @@ class RandomSession(EnvironmentSession):
 
     def get_reward(self) -> float:
         return 0.5
+
+
+def start_empty(index: int, prompt: EncodedSample) -> EpisodeStart:
+    return EpisodeStart({}, [])
+
+
+def continue_episode(
+    runner: EpisodeRunner, index: int, request: GenerationRequest, ids: Sequence[int]
+) -> GenerationRequest | None:
+    """Add the tokens of an answer, and wait for its tools."""
+    tokens = [GeneratedToken(one, -1.0) for one in ids]
+    return runner.continue_episode(index, request, tokens).result()
 
 
 def make_text(rng: random.Random, words: Sequence[str]) -> str:
@@ -164,7 +182,7 @@ def check_episode(
     sample = Sample(id="a", messages=tuple(messages))
     located = add_tools(LocatedSample(sample, folder), environment.tools)
     prompt = renderer.encode_prompt(located)
-    runner = EpisodeRunner(environment, renderer, [EpisodeStart({}, [])], max_iterations=6)
+    runner = EpisodeRunner(environment, renderer, start_empty, max_iterations=6)
     request: GenerationRequest | None = GenerationRequest(
         prompt=prompt, max_new_tokens=10**6, sampling_params=SamplingParams(seed=1)
     )
@@ -179,7 +197,7 @@ def check_episode(
         before = [*request.prompt.tokenized.ids_T.tolist(), *ids]
         expected_mask += [False] * (request.prompt.tokenized.num_tokens - len(expected_mask))
         expected_mask += [True] * len(ids)
-        further = runner.continue_episode(0, request, [GeneratedToken(one, -1.0) for one in ids])
+        further = continue_episode(runner, 0, request, ids)
         if further is not None:
             found = further.prompt
             assert found.tokenized.ids_T[: len(before)].tolist() == before
@@ -257,7 +275,7 @@ def assert_same_prompt(found: EncodedSample, expected: EncodedSample) -> None:
     assert positions.dtype == expected.tokenized.position_ids_3T.dtype
     ranges = [(span.start, span.stop, span.grid_thw) for span in found.tokenized.spans]
     assert ranges == [(span.start, span.stop, span.grid_thw) for span in expected.tokenized.spans]
-    assert np.array_equal(found.patches_ND, expected.patches_ND)
+    assert np.array_equal(concat_patches(found.list_patches()), expected.patches_ND)
 
 
 def check_episodes(
@@ -342,7 +360,7 @@ def test_engine_continues_the_sequence_with_the_probabilities_of_training(
     sample = Sample(id="a", messages=(Message(role="user", content=content),))
     environment = RandomEnvironment(rng)
     prompt = renderer.encode_prompt(add_tools(LocatedSample(sample, tmp_path), environment.tools))
-    runner = EpisodeRunner(environment, renderer, [EpisodeStart({}, [])] * 2, max_iterations=3)
+    runner = EpisodeRunner(environment, renderer, start_empty, max_iterations=3)
     answers = {
         index: [make_answer(renderer, rng, calls=turn < 2) for turn in range(3)]
         for index in range(2)
@@ -357,8 +375,11 @@ def test_engine_continues_the_sequence_with_the_probabilities_of_training(
 
     def follow_up(
         index: int, request: GenerationRequest, tokens: list[GeneratedToken]
-    ) -> GenerationRequest | None:
-        return force(index, runner.continue_episode(index, request, tokens))
+    ) -> Future[GenerationRequest | None]:
+        further: Future[GenerationRequest | None] = Future()
+        turn = runner.continue_episode(index, request, tokens).result()
+        further.set_result(force(index, turn))
+        return further
 
     requests = []
     for index in range(2):
@@ -395,6 +416,135 @@ def test_engine_continues_the_sequence_with_the_probabilities_of_training(
     logps = logits.log_softmax(1).gather(1, batch.labels_L[:, None])[:, 0]
     sampled = [token.logprob for one in episodes for token in one.tokens]
     assert logps.tolist() == pytest.approx(sampled, abs=1e-4)
+
+
+class SlowEnvironment(RandomEnvironment):
+    """Environment whose calls take given times, in the order of `delays`."""
+
+    def __init__(self, delays: Sequence[float]) -> None:
+        super().__init__(random.Random(0))
+        self.delays = list(delays)
+
+    def start_episode(self, row: Any, images: Any) -> Any:
+        return SlowSession(self)
+
+
+class SlowSession(RandomSession):
+    def call_tool(self, name: str, arguments: Any) -> ToolResult:
+        time.sleep(self.environment.delays[arguments["x"]])  # type: ignore[attr-defined]
+        return ToolResult([f"result {arguments['x']}"])
+
+
+def test_times_of_tools_do_not_change_batches(tmp_path, monkeypatch):
+    """Rounding depends on batches; calls run beside decoding, and at the same time."""
+    model, renderer = make_random_model(tmp_path, "qwen3_vl")
+    vocab_size = model.config.decoder.vocab_size
+    sample = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    located = add_tools(LocatedSample(sample, tmp_path), [TOOL])
+    prompt = renderer.encode_prompt(located)
+
+    def sample_episodes(delays: Sequence[float]) -> tuple[list[int], list[list[float]]]:
+        environment = SlowEnvironment(delays)
+        engine = Engine(model, renderer.end_ids, max_num_seqs=3, num_cache_tokens=1 << 13)
+        batches: list[int] = []
+        step = engine.step
+
+        def record_step() -> Any:
+            batches.append(engine.num_running)
+            return step()
+
+        monkeypatch.setattr(engine, "step", record_step)
+        call = [ToolCallPart(name="zoom", arguments={"x": n}).to_text() for n in range(3)]
+
+        def force(index: int, turn: int, request: GenerationRequest) -> GenerationRequest:
+            text = call[index] if turn == 0 else "x" * (3 * index + 1)
+            ids = [*renderer.tokenizer.encode(text), renderer.end_ids[0]]
+            return replace(request, constraint=ForcedTokens(ids, vocab_size))
+
+        class ForcedRunner(EpisodeRunner):
+            def take_turn(self, index: int, *args: Any) -> GenerationRequest | None:
+                further = super().take_turn(index, *args)
+                return None if further is None else force(index, 1, further)
+
+        requests = []
+        for index in range(3):
+            params = SamplingParams(temperature=1.0, seed=index)
+            request = GenerationRequest(
+                prompt=prompt, max_new_tokens=1000, sampling_params=params, logprobs=0
+            )
+            requests.append((index, force(index, 0, request)))
+        with ForcedRunner(environment, renderer, start_empty, max_iterations=3) as runner:
+            list(iter_completions(engine, requests, 3, follow_up=runner.continue_episode))
+        logprobs = []
+        for index in range(3):
+            assert runner.episodes[index].num_turns == 2
+            logprobs.append([token.logprob for token in runner.episodes[index].tokens])
+        return batches, logprobs
+
+    first = sample_episodes([0.0, 0.0, 0.0])
+    assert sample_episodes([0.3, 0.15, 0.0]) == first
+    assert sample_episodes([0.0, 0.2, 0.4]) == first
+
+
+def test_further_calls_of_a_turn_are_answered(tmp_path):
+    """The result of a turn with too many calls says so, and a session starts for calls only."""
+    renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "tiny")))
+    sample = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    environment = RandomEnvironment(random.Random(0), ["x"])
+    environment.has_reward = False
+    starts: list[int] = []
+
+    def start(index: int, prompt: EncodedSample) -> EpisodeStart:
+        starts.append(index)
+        return EpisodeStart({}, [])
+
+    prompt = renderer.encode_prompt(add_tools(LocatedSample(sample, tmp_path), environment.tools))
+    request = GenerationRequest(prompt=prompt, max_new_tokens=10**5)
+    end = renderer.end_ids[0]
+    call = ToolCallPart(name="zoom", arguments={"x": 1}).to_text()
+    with EpisodeRunner(environment, renderer, start, max_iterations=1) as runner:
+        answer = [*renderer.tokenizer.encode("x"), end]
+        assert continue_episode(runner, 0, request, answer) is None
+        assert runner.episodes[0].reward is None
+        ids = [*renderer.tokenizer.encode(call * 10), end]
+        further = continue_episode(runner, 1, request, ids)
+    assert starts == [1]
+    assert further is not None
+    found = further.prompt.tokenized.ids_T.tolist()
+    text = renderer.tokenizer.decode(found, skip_special_tokens=True)
+    assert "a turn has at most 8 calls; 10 were made, and the others were ignored" in text
+    episode = runner.episodes[1]
+    assert (episode.num_calls, episode.num_mistakes) == (10, 1)
+    # The patches of the prompt are those of all its episodes.
+    assert further.prompt.patches_ND is prompt.patches_ND
+
+
+def test_restarted_episodes_begin_with_their_prompt(hostile, tmp_path):
+    """Calls that run when the memory is full are killed, and leave no turn."""
+    renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "tiny")))
+    question = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    prompt = renderer.encode_prompt(add_tools(LocatedSample(question, tmp_path), hostile.tools))
+    request = GenerationRequest(prompt=prompt, max_new_tokens=2000)
+    end = renderer.end_ids[0]
+    with EpisodeRunner(hostile, renderer, lambda n, _: EpisodeStart(ROW, []), 1) as runner:
+        ids = [*renderer.tokenizer.encode(ToolCallPart(name="sleeps").to_text()), end]
+        tokens = [GeneratedToken(one, -1.0) for one in ids]
+        runner.continue_episode(0, request, tokens)
+        runner.restart_unfinished()
+        assert continue_episode(runner, 0, request, [end]) is None
+        episode = runner.episodes[0]
+        assert (episode.num_turns, episode.reward, episode.error) == (1, 1.5, "")
+        assert not runner.errors
+
+
+def test_unclosed_calls_are_read_in_linear_time():
+    many = 10**5
+    assert find_tool_calls("<tool_call>" * many) == []
+    assert find_tool_calls("<tool_call>a</tool_call>" + "<tool_call>" * many) == ["a"]
+    for content in ("<parameter=a>" * many, "<parameter=" * many):
+        call = parse_tool_call(f"<function=f>{content}</function>")
+        assert call is not None
+        assert call.arguments == {}
 
 
 HOSTILE = '''
@@ -521,13 +671,12 @@ def test_hostile_episodes_are_counted(hostile, tmp_path):
     failing = EpisodeStart(ROW | {"id": "fails"}, [])
     starts = [*[EpisodeStart(ROW, [])] * len(names), failing, EpisodeStart(ROW, [])]
     end = renderer.end_ids[0]
-    with EpisodeRunner(hostile, renderer, starts, max_iterations=1) as runner:
+    with EpisodeRunner(hostile, renderer, lambda n, _: starts[n], max_iterations=1) as runner:
         for index, name in enumerate([*names, "environ"]):
             call = ToolCallPart(name=name).to_text()
             ids = [*renderer.tokenizer.encode(call), end]
             request = GenerationRequest(prompt=prompt, max_new_tokens=2000)
-            tokens = [GeneratedToken(one, -1.0) for one in ids]
-            further = runner.continue_episode(index, request, tokens)
+            further = continue_episode(runner, index, request, ids)
             episode = runner.episodes[index]
             assert (further is None) == bool(episode.error), name
             if further is None:
@@ -538,14 +687,14 @@ def test_hostile_episodes_are_counted(hostile, tmp_path):
             text = renderer.tokenizer.decode(result.tolist(), skip_special_tokens=False)
             assert ("no key" in text) == (name == "environ")
             # A second turn with calls exceeds the limit.
-            assert runner.continue_episode(index, further, tokens) is None
+            assert continue_episode(runner, index, further, ids) is None
             assert (episode.reward, episode.num_calls) == (1.5, 1)
             assert episode.num_mistakes == (name == "unknown")
         assert sorted(runner.errors.values()) == [1, 1, 1, 1]
         assert any("no reset" in text for text in runner.errors)
         # Without a token for the next answer, the episode is truncated.
         request = GenerationRequest(prompt=prompt, max_new_tokens=len(ids) + 3)
-        assert runner.continue_episode(len(names) + 1, request, tokens) is None
+        assert continue_episode(runner, len(names) + 1, request, ids) is None
         assert runner.episodes[len(names) + 1].is_truncated
 
 

@@ -156,7 +156,8 @@ def pack(
             grids.append(span.grid_thw)
             visual_indices.append(np.arange(offset + span.start, offset + span.stop))
 
-    patches_ND = concat_patches([one.patches_ND for one in samples], patch_buffer)
+    patches = [array for one in samples for array in one.list_patches()]
+    patches_ND = concat_patches(patches, patch_buffer)
     return PackedBatch(
         sample_ids=tuple(one.tokenized.id for one in samples),
         lengths=tuple(lengths),

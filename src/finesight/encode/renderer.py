@@ -699,7 +699,7 @@ class NativeRenderer(Renderer):
         )
         position_ids_3T += before.position_ids_3T.max() + 1
         spans = list(before.spans)
-        patches = [encoded.patches_ND] if before.spans else []
+        patches = list(encoded.appended_patches)
         for span, image in zip(state.spans, images, strict=True):
             start = before.num_tokens + span.start
             stop = before.num_tokens + span.stop
@@ -712,7 +712,7 @@ class NativeRenderer(Renderer):
             position_ids_3T=np.concatenate([before.position_ids_3T, position_ids_3T], axis=1),
             spans=tuple(spans),
         )
-        return EncodedSample(tokenized, concat_patches(patches or [encoded.patches_ND]))
+        return replace(encoded, tokenized=tokenized, appended_patches=tuple(patches))
 
     def _build_result_visual(self, image: Image.Image, sample_id: str) -> _Visual:
         """Return an image of a tool result, which has no file."""

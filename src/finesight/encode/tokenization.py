@@ -625,6 +625,8 @@ class EncodedSample:
             processor: grouped by merge block, D = channels x frames x patch_size x patch_size.
             Samples with images only store one frame, which the processor repeats
             (`vision.image_processing.repeat_still_frames`).
+        appended_patches: Patches of each image of tool results, after `patches_ND`, which the
+            sequences of one prompt share.
         hf_inputs: Processor outputs by name for families without native code, which have no
             patches.
     """
@@ -632,6 +634,14 @@ class EncodedSample:
     tokenized: TokenizedSample
     patches_ND: NDArray[np.uint8]
     hf_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    appended_patches: tuple[NDArray[np.uint8], ...] = ()
+
+    def list_patches(self) -> list[NDArray[np.uint8]]:
+        """List the arrays of all patches in the order of the spans."""
+        # Empty patches have the dimension of videos.
+        if self.appended_patches and not len(self.patches_ND):
+            return list(self.appended_patches)
+        return [self.patches_ND, *self.appended_patches]
 
 
 def pack_tokenized(tokenized: TokenizedSample) -> JobOutput:

@@ -71,8 +71,9 @@ def list_functions(recipe: Recipe) -> list[tuple[str, str, str]]:
     for number, reward in enumerate(recipe.rewards, 1):
         entries.append(("rewards", reward.name, f"reward_{number}.py"))
     sampling = recipe.needs.sampling
-    if sampling is not None and sampling.environment is not None:
-        entries.append((f"{sampling.section}.environment", sampling.environment, ENVIRONMENT_COPY))
+    if sampling is not None and sampling.episodes is not None:
+        environment = sampling.episodes.environment
+        entries.append((f"{sampling.section}.environment", environment, ENVIRONMENT_COPY))
     if recipe.eval:
         entries.append(("eval", recipe.eval.metric, METRIC_COPY_FILE))
     return [one for one in entries if parse_metric_path(one[1]) is not None]

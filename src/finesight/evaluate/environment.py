@@ -64,18 +64,20 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
 
     Args:
         name: `FILE.py:CLASS`, or the name of a component.
-        run_dir: Run whose copy replaces a missing file.
+        run_dir: Run whose copy replaces a missing file; None without copies.
         seconds: Maximum time of a call, waiting included.
 
     Attributes:
         tools: Definitions of the tools, as in the OpenAI API.
+        has_reward: Whether the class has the method `get_reward`.
 
     Raises:
         UserError: The file or the component does not exist, or its class is no environment.
     """
 
-    def __init__(self, name: str, run_dir: Path, seconds: float) -> None:
-        name = resolve_metric_path(name, run_dir, copy_name=ENVIRONMENT_COPY)
+    def __init__(self, name: str, run_dir: Path | None, seconds: float) -> None:
+        if run_dir is not None:
+            name = resolve_metric_path(name, run_dir, copy_name=ENVIRONMENT_COPY)
         self._where = name
         location = parse_metric_path(name)
         if location is not None:
@@ -90,13 +92,19 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
                 remedy="correct the name",
             )
         self._seconds = seconds
+        self._sessions: set[EnvironmentSession] = set()
         self._pool = WorkerPool(
-            environment_worker.load_environment, name, num_idle=0, memory_bytes=MAX_MEMORY_BYTES
+            environment_worker.load_environment,
+            name,
+            num_idle=0,
+            memory_bytes=MAX_MEMORY_BYTES,
+            has_own_groups=True,
         )
         try:
             with self._pool.fork() as worker:
-                definitions = worker.call_within(LOAD_SECONDS, environment_worker.describe).value
-            self.tools = tuple(map(check_tool, definitions))
+                described = worker.call_within(LOAD_SECONDS, environment_worker.describe).value
+            self.tools = tuple(map(check_tool, described["tools"]))
+            self.has_reward = bool(described["has_reward"])
         except (OSError, WorkerJobError) as error:
             self._pool.close()
             raise UserError(
@@ -110,13 +118,19 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
             raise
 
     def __exit__(self, *problem: object) -> None:
+        self.end_episodes()
         self._pool.close()
+
+    def end_episodes(self) -> None:
+        """Kill the processes of all episodes. Their calls in other threads fail."""
+        for session in list(self._sessions):
+            session.close()
 
     def start_episode(self, row: Mapping[str, Any], images: Sequence[Path]) -> EnvironmentSession:
         """Start the process of an episode, and reset its environment.
 
         Args:
-            row: Values of the sample, as keyword arguments of `reset`.
+            row: Values of the sample, as keyword arguments of `reset`; `seed` only if it is one.
             images: Image files of the question, loaded for the argument `images`.
 
         Raises:
@@ -127,6 +141,8 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
         except (OSError, UserError, WorkerJobError) as error:
             raise EpisodeError(f"no process of an episode: {error}", where=self._where) from error
         session = EnvironmentSession(worker, self._where, self._seconds, self.tools)
+        session.on_close = self._sessions.discard
+        self._sessions.add(session)
         try:
             session.run(environment_worker.reset, row, images)
         except EpisodeError:
@@ -136,7 +152,13 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
 
 
 class EnvironmentSession:
-    """Environment of one episode, in a process of its own. Close it to end the process."""
+    """Environment of one episode, in a process of its own. Close it to end the process.
+
+    Attributes:
+        on_close: Called with the session when it is closed.
+    """
+
+    on_close: Callable[[EnvironmentSession], object] | None = None
 
     def __init__(
         self, worker: Worker, where: str, seconds: float, tools: Sequence[dict[str, Any]]
@@ -147,8 +169,10 @@ class EnvironmentSession:
         self._tool_names = [tool["function"]["name"] for tool in tools]
 
     def close(self) -> None:
-        """End the process of the episode."""
+        """End the process of the episode, and the programs that it has started."""
         self._worker.close()
+        if self.on_close is not None:
+            self.on_close(self)
 
     def call_tool(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
         """Call a tool; wrong names and arguments are mistakes of the model.

@@ -38,6 +38,9 @@ MAX_RESULT_PIXELS = 1 << 24
 MAX_RESULT_BLOCKS = 64
 """Maximum number of texts and images in the result of a tool."""
 
+_VALUE_KEYWORDS = ("default", "const", "enum", "examples")
+"""Keywords of JSON schema whose values are those of the user, not schemas."""
+
 RESERVED_METHODS = ("reset", "get_reward")
 
 _EXPECTED = "a class with reset(...), typed methods with docstrings, and optionally get_reward()"
@@ -163,8 +166,10 @@ def _check_method(environment_class: type, name: str) -> None:
 
 
 def describe(state: WorkerState) -> JobOutput:
-    """Return the definitions of the tools."""
-    return JobOutput([tool.definition for tool in state.tools.values()])
+    """Return the definitions of the tools, and whether the class gives a reward."""
+    tools = [tool.definition for tool in state.tools.values()]
+    has_reward = hasattr(state.environment_class, "get_reward")
+    return JobOutput({"tools": tools, "has_reward": has_reward})
 
 
 def reset(state: WorkerState, row: Mapping[str, Any], images: Sequence[Path]) -> JobOutput:
@@ -176,6 +181,9 @@ def reset(state: WorkerState, row: Mapping[str, Any], images: Sequence[Path]) ->
         values["images"] = [load_image(path) for path in images]
     if not takes_all:
         values = {name: value for name, value in values.items() if name in parameters}
+    elif "seed" not in parameters:
+        # Environments of TRL may pass all values on, as those of the sample.
+        values.pop("seed", None)
     state.instance = _call(state, state.environment_class, {}, "in its constructor")
     text = _call(state, state.instance.reset, values, "in reset")
     if text is not None:
@@ -300,11 +308,15 @@ def _simplify_schema(schema: Any) -> Any:
         return [_simplify_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    simplified = {}
+    simplified: dict[str, Any] = {}
     for name in sorted(schema, key=lambda name: name != "type"):
-        # A property may be called title, too.
-        if name != "title" or not isinstance(schema[name], str):
-            simplified[name] = _simplify_schema(schema[name])
+        value = schema[name]
+        if name in ("properties", "$defs"):
+            simplified[name] = {key: _simplify_schema(one) for key, one in value.items()}
+        elif name in _VALUE_KEYWORDS:
+            simplified[name] = value
+        elif name != "title":
+            simplified[name] = _simplify_schema(value)
     return simplified
 
 

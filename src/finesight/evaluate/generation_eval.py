@@ -11,9 +11,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from finesight.encode.renderer import Renderer
+from finesight.environment_components import EpisodeSettings
 from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
+from finesight.evaluate.episode import open_environment, predict_episodes
 from finesight.evaluate.eval_case import (
     MetricValues,
     ReferenceAnswer,
@@ -83,6 +85,44 @@ def load_eval_inputs(
         return samples, EvalSettings.model_validate(settings)
     except ValidationError as error:
         raise _build_settings_error(error, settings) from error
+
+
+NO_ENVIRONMENT = "none"
+"""Name of an environment that stands for answers without tools."""
+
+
+def find_episode_settings(
+    run_or_model: str, environment: str | None = None, max_new_tokens: int | None = None
+) -> EpisodeSettings | None:
+    """Return the environment of an evaluation; None for answers without tools.
+
+    Args:
+        environment: `FILE.py:CLASS`, a component or `NO_ENVIRONMENT`; by default, for a run or its
+            checkpoint, that of its recipe, from the copy in the run folder.
+        max_new_tokens: Maximum number of tokens of an episode; by default that of the recipe.
+    """
+    path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
+    settings = None
+    if path.is_file():
+        sampling = load_recipe(path).needs.sampling
+        if sampling is not None:
+            settings = sampling.episodes
+    if environment == NO_ENVIRONMENT:
+        return None
+    if environment is not None:
+        settings = settings or EpisodeSettings(environment=environment)
+        settings = replace(settings, environment=environment)
+    elif settings is not None:
+        copied = custom_metric.resolve_metric_path(
+            settings.environment,
+            path.parent,
+            prefer_copy=True,
+            copy_name=custom_metric.ENVIRONMENT_COPY,
+        )
+        settings = replace(settings, environment=copied)
+    if settings is not None and max_new_tokens is not None:
+        settings = replace(settings, max_tokens=max_new_tokens)
+    return settings
 
 
 def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> UserError:
@@ -255,6 +295,7 @@ def evaluate(
     on_batch_reduced: Callable[[int], None] | None = None,
     subset: Collection[int] | None = None,
     batch_size: int = EVAL_BATCH_SIZE,
+    episodes: EpisodeSettings | None = None,
 ) -> GenerationEvalResult:
     """Generate predictions for validation samples and score them.
 
@@ -266,6 +307,7 @@ def evaluate(
         on_batch_reduced: Callback for the new batch size after the GPU runs out of memory.
         subset: Positions of questions whose predictions are also scored separately.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
+        episodes: Environment whose tools the answers call; None without tools.
 
     Raises:
         UserError: There are no samples, samples have no reference answer for the metric, or no
@@ -280,6 +322,7 @@ def evaluate(
         on_progress=on_progress,
         on_batch_reduced=on_batch_reduced,
         batch_size=batch_size,
+        episodes=episodes,
     )
     return score_predictions(questions, output, settings, write_predictions, subset)
 
@@ -321,6 +364,8 @@ def generate_predictions(
     on_progress: Callable[[int], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
     batch_size: int = EVAL_BATCH_SIZE,
+    episodes: EpisodeSettings | None = None,
+    run_dir: Path | None = None,
 ) -> PredictOutput:
     """Generate predictions for samples; those with unreadable images are skipped.
 
@@ -331,9 +376,12 @@ def generate_predictions(
             stops the evaluation.
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
+        episodes: Environment whose tools the answers call, with limits that replace
+            `settings.max_new_tokens`; None without tools.
+        run_dir: Run whose copy replaces a missing file of the environment.
     """
     errors: dict[int, CorruptImageError] = {}
-    predictions = predict(
+    predictions = predict_answers(
         model,
         renderer,
         samples,
@@ -342,8 +390,54 @@ def generate_predictions(
         on_progress=on_progress,
         on_corrupt_image=errors.__setitem__,
         on_batch_reduced=on_batch_reduced,
+        episodes=episodes,
+        run_dir=run_dir,
     )
     return predictions, {i: str(error).splitlines()[0] for i, error in errors.items()}
+
+
+def predict_answers(
+    model: BackendModel,
+    renderer: Renderer,
+    samples: Sequence[LocatedSample],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+    on_corrupt_image: Callable[[int, CorruptImageError], None] | None = None,
+    on_batch_reduced: Callable[[int], None] | None = None,
+    episodes: EpisodeSettings | None = None,
+    run_dir: Path | None = None,
+) -> list[Prediction]:
+    """Generate a prediction for each sample (`predict`), with the tools of an environment if set.
+
+    Args:
+        max_new_tokens: Maximum number of tokens of an answer; `episodes` has that of an episode.
+        run_dir: Run whose copy replaces a missing file of the environment.
+    """
+    if episodes is None:
+        return predict(
+            model,
+            renderer,
+            samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=on_progress,
+            on_corrupt_image=on_corrupt_image,
+            on_batch_reduced=on_batch_reduced,
+        )
+    with open_environment(episodes, run_dir) as environment:
+        return predict_episodes(
+            environment,
+            episodes,
+            model,
+            renderer,
+            samples,
+            batch_size=batch_size,
+            on_progress=on_progress,
+            on_corrupt_image=on_corrupt_image,
+            on_batch_reduced=on_batch_reduced,
+        )
 
 
 def score_predictions(

@@ -34,7 +34,12 @@ def create_case(
 ) -> EvalCase:
     """Create the case of a predicted answer and its references (`get_reference_answer`)."""
     ending = prediction.finish_reason == "stop", prediction.image_size
-    return EvalCase(prediction.answer, prediction.boxes, *references, prediction.id, *ending)
+    reward = None
+    if prediction.episode is not None:
+        reward = prediction.episode.reward
+    return EvalCase(
+        prediction.answer, prediction.boxes, *references, prediction.id, *ending, reward
+    )
 
 
 def format_prediction_line(
@@ -95,6 +100,12 @@ def read_predictions(path: Path, max_bytes: int | None = None) -> list[ScoredPre
     return predictions
 
 
+class _EpisodeFields(BaseModel):
+    """Validated fields of the turns of a prediction."""
+
+    reward: float | None = None
+
+
 class _PredictionRecord(BaseModel):
     """Validated fields of one line of a prediction file."""
 
@@ -107,8 +118,12 @@ class _PredictionRecord(BaseModel):
     scores: dict[str, float]
     finish_reason: Literal["stop", "length"]
     image_size: ImageSize = DEFAULT_SIZE
+    episode: _EpisodeFields | None = None
 
     def as_case(self) -> EvalCase:
         references, has_ended = (self.gold, *self.references), self.finish_reason == "stop"
-        ending = self.id, has_ended, self.image_size
+        reward = None
+        if self.episode is not None:
+            reward = self.episode.reward
+        ending = self.id, has_ended, self.image_size, reward
         return EvalCase(self.answer, self.boxes, references, self.gold_boxes, *ending)

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric, json_metrics, python_functions
+from finesight.evaluate.bootstrap import UNBOUNDED, estimate_mean, estimate_ratio
 from finesight.evaluate.eval_case import (
     EvalCase,
     MetricFn,
@@ -26,9 +29,15 @@ from finesight.evaluate.score_function import (
     build_result_error,
     read_score,
 )
-from finesight.metric_components import METRICS, ReferenceKind, get_metric, get_score
+from finesight.metric_components import (
+    ENVIRONMENT_REWARD,
+    METRICS,
+    ReferenceKind,
+    get_metric,
+    get_score,
+)
 from finesight.samples.boxes import box_area
-from finesight.samples.sample import TOOL_CALL_END, TOOL_CALL_TEXT
+from finesight.samples.sample import find_tool_calls
 from finesight.settings.config import PYTHON_PREFIX, MetricSpec
 
 
@@ -170,7 +179,7 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     if reference_kind == "json":
         return any(json_metrics.parse_form(text) is not None for text in texts)
     if reference_kind == "tool call":
-        return any(TOOL_CALL_END in text and TOOL_CALL_TEXT.search(text) for text in texts)
+        return any(find_tool_calls(text) for text in texts)
     if "box" in reference_kind:
         return any(reference_kind != "box" or box_area(box.xyxy) for box in reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())
@@ -209,7 +218,35 @@ def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResu
     assert cases, "no cases to score"
     metric_result = get_task_metric(metric).score_fn(cases)
     eos_fn = mean_metrics([{"ended_with_eos": float(case.ended_with_eos)} for case in cases])
-    return replace(metric_result, estimators=metric_result.estimators | eos_fn)
+    result = replace(metric_result, estimators=metric_result.estimators | eos_fn)
+    if all(case.environment_reward is None for case in cases):
+        return result
+    return _add_environment_rewards(result, cases)
+
+
+def _add_environment_rewards(result: MetricResult, cases: Sequence[EvalCase]) -> MetricResult:
+    """Return a result with the mean reward of the environment over the episodes that have one."""
+    per_sample = []
+    rewards = []
+    has_reward = []
+    for case, scores in zip(cases, result.per_sample, strict=True):
+        reward = case.environment_reward
+        if reward is not None:
+            scores = scores | {ENVIRONMENT_REWARD: reward}
+        per_sample.append(scores)
+        rewards.append(reward or 0.0)
+        has_reward.append(float(reward is not None))
+    values_N = np.array(rewards)
+    if all(has_reward):
+        estimator = estimate_mean(values_N, UNBOUNDED)
+    else:
+        missing = format_count(has_reward.count(0.0), "episode")
+        estimator = replace(
+            estimate_ratio(values_N, np.array(has_reward), UNBOUNDED),
+            note=f"without {missing} whose environment gave no reward",
+        )
+    estimators = result.estimators | {ENVIRONMENT_REWARD: estimator}
+    return replace(result, per_sample=per_sample, estimators=estimators)
 
 
 def get_primary_metric(metric: MetricSpec, scores: MetricValues) -> str:

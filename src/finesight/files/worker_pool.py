@@ -73,19 +73,32 @@ def main(number: int) -> None:
         control.send_bytes(json.dumps(_outcome(load).value).encode())
         gc.collect()
         gc.freeze()
+        lifelines: list[Connection] = []
         while state:
-            memory_bytes = control.recv()
+            memory_bytes, has_own_group = control.recv()
             connections = [Connection(recv_handle(control)) for _ in range(2)]
             if os.fork() == 0:
                 control.close()
-                _run_worker(connections, state[0], memory_bytes)
-            for one in connections:
+                for one in lifelines:
+                    one.close()
+                _run_worker(connections, state[0], memory_bytes, has_own_group)
+            connections[0].close()
+            # The kernel signals the group of a worker that has ended only while its lifeline is
+            # open in some process.
+            for one in [one for one in lifelines if one.poll()]:
+                lifelines.remove(one)
                 one.close()
+            if has_own_group:
+                lifelines.append(connections[1])
+            else:
+                connections[1].close()
     # Jobs may have started processes, or ignore the signal that ends their worker.
     os.killpg(os.getpid(), signal.SIGKILL)
 
 
-def _run_worker(connections: Sequence[Connection], state: Any, memory_bytes: int) -> None:
+def _run_worker(
+    connections: Sequence[Connection], state: Any, memory_bytes: int, has_own_group: bool
+) -> None:
     """Run the jobs that the pool sends until it closes the connection.
 
     Ends the process and never returns.
@@ -94,13 +107,21 @@ def _run_worker(connections: Sequence[Connection], state: Any, memory_bytes: int
         connections: Connection of jobs and replies, and one without data. The kernel kills this
             process by SIGIO when the pool closes the second one. SIGIO of the first one would also
             announce data, possibly after they have been read.
+        has_own_group: Whether the worker has a process group, so that the programs that its jobs
+            have started are killed with it, and by SIGKILL.
     """
     connection, lifeline = connections
     # Jobs may wait for processes of their own.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         _apply_limits(memory_bytes)
-        fcntl.fcntl(lifeline.fileno(), fcntl.F_SETOWN, os.getpid())
+        owner = os.getpid()
+        if has_own_group:
+            os.setpgid(0, 0)
+            owner = -owner
+            if hasattr(fcntl, "F_SETSIG"):  # not on macOS
+                fcntl.fcntl(lifeline.fileno(), fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline.fileno(), fcntl.F_SETOWN, owner)
         fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, os.O_ASYNC)
         base = _resident_bytes()
         with contextlib.suppress(EOFError, ConnectionError):
@@ -460,6 +481,8 @@ class WorkerPool:
         args: Arguments of `setup`; they are pickled.
         inherits_environment: Whether the workers inherit the complete environment, for programs of
             the user. Otherwise, they inherit no API keys.
+        has_own_groups: Whether closing a worker kills the programs that its jobs have started, too.
+            Close all workers before the pool.
 
     Attributes:
         process: Template process; None before the start.
@@ -473,10 +496,12 @@ class WorkerPool:
         num_idle: int,
         memory_bytes: int,
         inherits_environment: bool = False,
+        has_own_groups: bool = False,
     ) -> None:
         self._setup = pickle.dumps((setup, args), protocol=5)
         self._num_idle, self.memory_bytes = num_idle, memory_bytes
         self._inherited = "" if inherits_environment else _INHERITED
+        self._has_own_groups = has_own_groups
         self._lock = threading.Lock()
         self.idle_workers: list[Worker] = []
         self._control: Connection | None = None
@@ -565,7 +590,7 @@ class WorkerPool:
 
     def _send_fork(self, memory_bytes: int, sockets: Sequence[socket.socket]) -> None:
         control = self._get_control()
-        control.send(memory_bytes)
+        control.send((memory_bytes, self._has_own_groups))
         for one in sockets:
             send_handle(control, one.fileno(), 0)
 

@@ -166,12 +166,15 @@ def append_tokens(
 
 def hash_images(prompt: EncodedSample) -> tuple[bytes, ...]:
     """Hash the resized pixels of each image or video of a prompt."""
-    image_hashes = []
-    for span_index, span in enumerate(prompt.tokenized.spans):
-        hasher = hashlib.sha256(repr(span.grid_thw).encode())
-        hasher.update(np.ascontiguousarray(get_span_patches(prompt, span_index)).data)
-        image_hashes.append(hasher.digest())
-    return tuple(image_hashes)
+    return tuple(hash_image(prompt, index) for index in range(len(prompt.tokenized.spans)))
+
+
+def hash_image(prompt: EncodedSample, span_index: int) -> bytes:
+    """Hash the resized pixels of one image or video of a prompt."""
+    span = prompt.tokenized.spans[span_index]
+    hasher = hashlib.sha256(repr(span.grid_thw).encode())
+    hasher.update(np.ascontiguousarray(get_span_patches(prompt, span_index)).data)
+    return hasher.digest()
 
 
 def get_span_patches(prompt: EncodedSample, span_index: int) -> NDArray[np.uint8]:
@@ -181,8 +184,12 @@ def get_span_patches(prompt: EncodedSample, span_index: int) -> NDArray[np.uint8
     image and its cached features are then independent of the other content.
     """
     spans = prompt.tokenized.spans
+    span = spans[span_index]
+    num_own = len(spans) - len(prompt.appended_patches)
+    if span_index >= num_own:
+        return prompt.appended_patches[span_index - num_own]
     patch_counts = [math.prod(span.grid_thw) for span in spans]
-    start, span = sum(patch_counts[:span_index]), spans[span_index]
+    start = sum(patch_counts[:span_index])
     patches_ND = prompt.patches_ND[start : start + patch_counts[span_index]]
     if span.num_frames > 1:
         return patches_ND

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import io
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import format_count
 from finesight.files.storage import find_free_path, make_folder, write_new_file
+from finesight.infer.block_manager import append_tokens
 from finesight.infer.engine import (
     GPU_BLOCK_SIZE,
     Engine,
@@ -68,6 +70,32 @@ BOX_COLORS = (
 
 
 @dataclass(frozen=True, slots=True)
+class EpisodeTurn:
+    """An answer (`assistant`), or the results of its tool calls (`tool`).
+
+    Attributes:
+        content: Parts as in a sample, but the images are data URLs of thumbnails.
+    """
+
+    role: Literal["assistant", "tool"]
+    content: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRecord:
+    """Turns of a response that called the tools of an environment.
+
+    Attributes:
+        reward: Reward of the environment; None without one.
+        error: Problem of the environment that ended the episode; empty for none.
+    """
+
+    turns: tuple[EpisodeTurn, ...]
+    reward: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """Generated answer for one sample, with parsed boxes.
 
@@ -79,6 +107,7 @@ class Prediction:
         tokens: Generated tokens with log probabilities, if `predict` was called with `logprobs`.
         question: First question with images, with `<image>` for each, or else the first question.
         image_size: Height and width in pixels of the image that boxes refer to.
+        episode: All turns of a response with tools, of which `answer` is the last one.
     """
 
     id: str
@@ -93,6 +122,7 @@ class Prediction:
     tokens: tuple[GeneratedToken, ...] = ()
     image_size: ImageSize = DEFAULT_SIZE
     question: str = ""
+    episode: EpisodeRecord | None = None
 
     @property
     def text(self) -> str:
@@ -116,6 +146,8 @@ class Prediction:
         record["answer"] = self.answer
         record["raw_text"] = self.raw_text
         record["boxes"] = [box_to_dict(box) for box in self.boxes]
+        if self.episode is not None:
+            record["episode"] = asdict(self.episode)
         return record
 
     def as_text(self) -> str:
@@ -179,6 +211,7 @@ def predict(
     on_batch_reduced: Callable[[int], None] | None = None,
     logprobs: bool = False,
     get_sampling: Callable[[int], SamplingParams] = lambda index: SamplingParams(),
+    follow_up: FollowUp | None = None,
 ) -> list[Prediction]:
     """Generate a prediction for each sample, in the order of the samples.
 
@@ -194,6 +227,7 @@ def predict(
         logprobs: Whether predictions contain their tokens with log probabilities. Only for models
             with native code.
         get_sampling: Returns the sampling parameters of a sample. Default: greedy decoding.
+        follow_up: See `iter_completions`. A prediction is that of the last completion.
 
     Raises:
         CorruptImageError: An image cannot be read and `on_corrupt_image` is None.
@@ -221,11 +255,15 @@ def predict(
                     lengths = [prompt.num_tokens for prompt in prompt_reader.remaining.values()]
                     source = model, renderer.end_ids, lengths, max_new_tokens, batch_size
                     requests = iter_requests(prompt_reader.iter_prompts(batch_size))
-                    for i, prompt, tokens in iter_completions(
-                        build_engine(*source, on_progress), requests, batch_size, on_progress
+                    for i, _, tokens in iter_completions(
+                        build_engine(*source, on_progress),
+                        requests,
+                        batch_size,
+                        on_progress,
+                        follow_up,
                     ):
-                        del prompt_reader.remaining[i]
-                        output_ids = [token.id for token in tokens]
+                        prompt = prompt_reader.remaining.pop(i)
+                        output_ids = list_ids(tokens)
                         prediction = build_prediction(renderer, samples[i], prompt, output_ids)
                         if logprobs:
                             prediction = replace(prediction, tokens=tuple(tokens))
@@ -244,12 +282,28 @@ def predict(
     return [predictions[index] for index in sorted(predictions)]
 
 
-FollowUp = Callable[[int, GenerationRequest, list[GeneratedToken]], GenerationRequest | None]
-"""Function of the index, request and tokens of a completion that returns the next request.
+FollowUp = Callable[
+    [int, GenerationRequest, list[GeneratedToken]], Future[GenerationRequest | None]
+]
+"""Function of the index, request and tokens of a completion that prepares the next request.
 
-It returns None after the last one. The next request continues the sequence, whose keys and values
-are in the prefix cache of the engine.
+The result is None after the last one. The next request continues the sequence, whose keys and
+values are in the prefix cache of the engine.
 """
+
+FOLLOW_UP_STEPS = 8
+"""Number of engine steps after which a further request joins the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Ended completion, whose next request is prepared in another thread."""
+
+    last_step: int
+    index: int
+    tokenized: TokenizedSample
+    tokens: list[GeneratedToken]
+    further: Future[GenerationRequest | None]
 
 
 def iter_completions(
@@ -268,13 +322,17 @@ def iter_completions(
         requests: Index and request of each sample; read when a sequence can start.
         on_progress: Called after each step with the number of completions that ended in it; an
             exception stops generation.
-        follow_up: Returns further requests of a sample. Only its last completion is yielded.
+        follow_up: Prepares further requests of a sample. Only its last completion is yielded.
     """
+    # Rounding depends on the batch. A further request joins it after a fixed number of steps and
+    # in the order of the completions, so that tokens do not depend on the time of its preparation.
+    turns: deque[_Turn] = deque()
+    num_steps = 0
     waiting = iter(requests)
     active: dict[int, tuple[int, GenerationRequest, list[GeneratedToken]]] = {}
     has_more = True
-    while has_more or engine.has_work:
-        while has_more and engine.num_waiting + engine.num_running < batch_size:
+    while has_more or engine.has_work or turns:
+        while has_more and engine.num_waiting + engine.num_running + len(turns) < batch_size:
             next_request = next(waiting, None)
             has_more = next_request is not None
             if next_request is not None:
@@ -290,14 +348,24 @@ def iter_completions(
                 active[event.request_id][2].append(event.token)
             if event.finish_reason is not None:
                 index, request, tokens = active.pop(event.request_id)
-                further = None
+                tokenized = request.prompt.tokenized
                 if follow_up is not None:
                     further = follow_up(index, request, tokens)
-                if further is not None:
-                    active[engine.add_request(further)] = (index, further, [])
+                    last_step = num_steps + FOLLOW_UP_STEPS
+                    turns.append(_Turn(last_step, index, tokenized, tokens, further))
                     continue
                 num_finished += 1
-                yield index, request.prompt.tokenized, tokens
+                yield index, tokenized, tokens
+        num_steps += 1
+        is_idle = not engine.has_work
+        while turns and (is_idle or turns[0].last_step <= num_steps):
+            turn = turns.popleft()
+            next_turn = turn.further.result()
+            if next_turn is not None:
+                active[engine.add_request(next_turn)] = (turn.index, next_turn, [])
+                continue
+            num_finished += 1
+            yield turn.index, turn.tokenized, turn.tokens
         if on_progress is not None:
             on_progress(num_finished)
 
@@ -413,6 +481,23 @@ class ResponseSampler:
             # CUDA graphs refer to the fused weights, which training has not updated.
             self.model.sync_fused_weights()
         return self.engine
+
+
+def list_ids(tokens: Sequence[GeneratedToken]) -> list[int]:
+    """List the ids of generated tokens."""
+    return [token.id for token in tokens]
+
+
+def append_response(prompt: EncodedSample, tokens: Sequence[GeneratedToken]) -> EncodedSample:
+    """Return a prompt with its response, of which all tokens are supervised."""
+    tokenized = append_tokens(prompt.tokenized, list_ids(tokens), is_supervised=True)
+    return replace(prompt, tokenized=tokenized)
+
+
+def derive_seed(name: str) -> int:
+    """Return the seed of 56 bits that belongs to a name."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:7], "little")
 
 
 class _PromptReader:

@@ -18,9 +18,9 @@ from finesight.errors import Step, UserError, escape_surrogates, format_count, s
 from finesight.operations.model import ModelArgument, get_model_name, get_prompt_format, load_model
 from finesight.operations.operation import Outcome, Parameter, SkippedInputs, StrPath, to_path
 from finesight.operations.options import (
+    EnvironmentOption,
     LanguageOption,
     LoadingOptions,
-    MaxNewTokensOption,
     PagesOption,
     TrustMetricOption,
 )
@@ -29,6 +29,7 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from finesight.environment_components import EpisodeSettings
     from finesight.evaluate.generation_eval import GenerationEvalResult
     from finesight.evaluate.regression_guard import GroupResult, LoadedGroup
     from finesight.infer.model_loader import InferenceModel
@@ -71,6 +72,7 @@ def evaluate(
     batch_size: Annotated[int, Parameter(minimum=1)] = 32,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1, maximum=1_048_576)] = None,
     out: Annotated[StrPath | None, Parameter(path="file")] = None,
+    environment: EnvironmentOption = None,
     trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[GenerationEvalResult]:
@@ -90,8 +92,8 @@ def evaluate(
         limit: Evaluate N randomly selected samples, always the same. Default for a run: of its
             recipe, else all.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
-        max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
-            512.
+        max_new_tokens: Maximum number of tokens per answer, or of an episode with an environment.
+            Default for a run: of its recipe, else 512, or 4096 for an episode.
         out: Write each answer with its scores to this new JSONL file, for `finesight compare`.
     """
     from finesight.encode.answer_lengths import describe_cut_answers, measure_answers
@@ -119,6 +121,9 @@ def evaluate(
     if data is None and (changed := describe_changed_data(name)):
         console.log(f"note: {changed}")
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
+    episodes = _find_trusted_environment(name, environment, max_new_tokens, trust_metric, console)
+    if episodes is not None:
+        settings = settings.model_copy(update={"max_new_tokens": episodes.max_tokens})
     if parse_metric_path(settings.metric) is not None:
         console.log(f"custom metric: {settings.metric}")
     model = load_model(run_or_model, **loading).value.inference_model
@@ -138,7 +143,9 @@ def evaluate(
             on_progress=on_progress,
             on_batch_reduced=lambda size: console.log(describe_reduced_batch(size)),
             batch_size=batch_size,
+            episodes=episodes,
         )
+    _log_episode_errors(result.predictions, console)
     skipped = SkippedInputs("sample")
     for sample, reason in result.corrupt_samples:
         skipped.add(UserError(reason, where=f"sample {sample}"))
@@ -150,6 +157,38 @@ def evaluate(
         exit_code=skipped.exit_code,
         notes=skipped.describe(),
     )
+
+
+def _find_trusted_environment(
+    run_or_model: str,
+    environment: str | None,
+    max_new_tokens: int | None,
+    trust: bool,
+    console: ProgressConsole,
+) -> EpisodeSettings | None:
+    """Return the environment of answers, after a check that its code may be executed.
+
+    Raises:
+        UserError: Its file is in a run folder and its content is not trusted.
+    """
+    from finesight.evaluate.custom_metric import check_metric
+    from finesight.evaluate.generation_eval import find_episode_settings
+
+    episodes = find_episode_settings(run_or_model, environment, max_new_tokens)
+    if episodes is not None:
+        check_metric(episodes.environment, named=environment is not None, trust=trust)
+        console.log(f"environment: {episodes.environment}")
+    return episodes
+
+
+def _log_episode_errors(predictions: Sequence[Prediction], console: ProgressConsole) -> None:
+    """Print the different errors of environments, at most ten."""
+    errors: Counter[str] = Counter()
+    for prediction in predictions:
+        if prediction.episode is not None and prediction.episode.error:
+            errors[prediction.episode.error] += 1
+    for text, count in errors.most_common(10):
+        console.log(f"warning: {format_count(count, 'episode')} without a reward: {text}")
 
 
 def _warn_truncated(
@@ -169,12 +208,14 @@ def predict(
     images: Annotated[Sequence[StrPath], Parameter(metavar="IMAGE", is_positional=True)] = (),
     prompt: str | None = None,
     data: StrPath | None = None,
-    max_new_tokens: MaxNewTokensOption = 512,
+    max_new_tokens: Annotated[int | None, Parameter(minimum=1, maximum=1_048_576)] = None,
     batch_size: Annotated[int, Parameter(minimum=1)] = 16,
     draw: Annotated[StrPath | None, Parameter(path="folder")] = None,
     out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
     pages: PagesOption = None,
     images_per_question: Annotated[int | None, Parameter(minimum=1)] = None,
+    environment: EnvironmentOption = None,
+    trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
@@ -196,6 +237,8 @@ def predict(
         prompt: Question about every image. Required with IMAGE. <image> sets the position of
             an image.
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
+        max_new_tokens: Maximum number of tokens per answer, or of an episode with an environment.
+            Default: 512; for an episode that of the recipe, else 4096.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         draw: Write a copy of each image with the predicted boxes into this folder.
         out: Folder to create for the answers: answers.jsonl, and answers.csv, a table of id, image,
@@ -203,6 +246,7 @@ def predict(
         images_per_question: Number of image files in a question, which follow one another. Default:
             that of the training samples of a run, else 1.
     """
+    from finesight.evaluate.generation_eval import predict_answers
     from finesight.files.storage import (
         check_new_path,
         check_writable_folder,
@@ -210,13 +254,17 @@ def predict(
         write_folder,
     )
     from finesight.infer.prediction import describe_reduced_batch, save_annotated_images
-    from finesight.infer.prediction import predict as run_prediction
 
     if out is not None:
         check_new_path(Path(out))
     if draw is not None:
         check_writable_folder(Path(draw))
     console = ProgressConsole()
+    name = get_model_name(run_or_model)
+    episodes = _find_trusted_environment(name, environment, max_new_tokens, trust_metric, console)
+    max_tokens = max_new_tokens or 512
+    if episodes is not None:
+        max_tokens = episodes.max_tokens
     skipped = SkippedInputs("question")
     samples = _load_samples(
         run_or_model,
@@ -231,18 +279,20 @@ def predict(
     skipped.require_others(len(samples))
     model = load_model(run_or_model, **loading).value.inference_model
     with console.progress_stage("answers", len(samples)) as on_progress:
-        predictions = run_prediction(
+        predictions = predict_answers(
             model.model,
             model.renderer,
             samples,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_tokens,
             batch_size=batch_size,
             on_progress=on_progress,
             on_corrupt_image=lambda _, error: skipped.add(error),
             on_batch_reduced=lambda size: console.log(describe_reduced_batch(size)),
+            episodes=episodes,
         )
+    _log_episode_errors(predictions, console)
     skipped.require_others(len(predictions))
-    _warn_truncated(predictions, max_new_tokens, console)
+    _warn_truncated(predictions, max_tokens, console)
     lines = [prediction.as_text() for prediction in predictions]
     records = [prediction.as_json() for prediction in predictions]
     if out is not None:

@@ -136,9 +136,20 @@ LimitOption = Annotated[
 TrustMetricOption = Annotated[
     bool,
     Parameter(
-        "Execute the custom metric or rewards (metric.py, reward_1.py) in a run folder that you "
-        "received from someone else. They are Python code: read them first.",
+        "Execute the custom metric, rewards or environment (metric.py, reward_1.py, "
+        "environment.py) in a run folder that you received from someone else. They are Python "
+        "code: read them first.",
         option="--trust-metric",
+    ),
+]
+
+
+EnvironmentOption = Annotated[
+    str | None,
+    Parameter(
+        "Environment whose tools the model calls: image_zoom_in_tool, FILE.py:CLASS, or none. "
+        "Default for a run: that of its recipe.",
+        metavar="NAME",
     ),
 ]
 

@@ -38,6 +38,7 @@ from finesight.infer.prediction import (
     NUM_READER_THREADS,
     ResponseSampler,
     build_prediction,
+    list_ids,
 )
 from finesight.model.backend import as_native
 from finesight.model.linear import disable_dropout, stacked_row_counts
@@ -89,11 +90,7 @@ from finesight.train.function_loss import FunctionLoss, LossFunction
 from finesight.train.master_weight_optimizer import LossScaler
 from finesight.train.objectives.objective import Objective
 from finesight.train.recipe_check import check_recipe, load_run_data
-from finesight.train.rollout import (
-    build_requests,
-    has_memory_for_engine,
-    list_ids,
-)
+from finesight.train.rollout import build_requests, has_memory_for_engine
 from finesight.train.setup import (
     build_device_loader,
     build_hardware,

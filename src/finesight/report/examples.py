@@ -478,6 +478,14 @@ THUMBNAIL_QUALITY = 70
 
 MAX_ANSWER_CHARS = 4000
 
+MAX_TURNS = 64
+"""Maximum number of answers and tool results that are shown of an episode."""
+
+MAX_TURN_IMAGES = 16
+"""Maximum number of images that are shown of an episode."""
+
+_THUMBNAIL_URL = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]{1,200000}={0,2}")
+
 MAX_BOXES = 200
 """Maximum number of boxes that are drawn per answer."""
 
@@ -643,6 +651,7 @@ class ExampleDataBuilder:
             "scores": scores,
             "is_complete": is_complete,
             "num_tokens": num_tokens,
+            "turns": read_turns(line),
         }
 
     def _convert_formula(self, text: str) -> object:
@@ -777,6 +786,31 @@ def read_boxes(content: object) -> list[JsonObject]:
             xyxy = list(map(float, corners))
             valid_boxes.append({"image": box.get("image", 0), "label": label, "xyxy": xyxy})
     return valid_boxes
+
+
+def read_turns(line: JsonObject) -> list[JsonObject]:
+    """Return the turns of an episode with tools, at most `MAX_TURNS`; none for other answers.
+
+    Each turn has `role`, and `parts` with `text`, or with `image`, the data URL of a thumbnail.
+    """
+    turns = as_object(line.get("episode")).get("turns")
+    if not isinstance(turns, list) or len(turns) < 2:
+        return []
+    valid_turns: list[JsonObject] = []
+    num_images = 0
+    for turn in map(as_object, turns[:MAX_TURNS]):
+        content = turn.get("content")
+        parts: list[JsonObject] = []
+        for part in map(as_object, content if isinstance(content, list) else []):
+            image = part.get("image")
+            if isinstance(image, str) and _THUMBNAIL_URL.fullmatch(image):
+                num_images += 1
+                if num_images <= MAX_TURN_IMAGES:
+                    parts.append({"image": image})
+            elif isinstance(part.get("text"), str):
+                parts.append({"text": _truncate(part["text"])})
+        valid_turns.append({"role": str(turn.get("role"))[:20], "parts": parts})
+    return valid_turns
 
 
 def _is_truncated(line: JsonObject) -> bool:

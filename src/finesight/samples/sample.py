@@ -308,8 +308,16 @@ class Message(FrozenModel):
 
 TOOL_CALL_TEXT = re.compile(rf"(?s)(?<!\s)\s*+{TOOL_CALL_START}(?P<call>.*?){TOOL_CALL_END}")
 _XML_CALL = re.compile(r"<function=(?P<name>[^>\n]+)>(?P<arguments>.*)</function>", re.DOTALL)
-_XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_XML_ARGUMENT = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_XML_ARGUMENT_END = "</parameter>"
 _XML_CONSTANTS = {"True": True, "False": False, "None": None}
+
+
+def find_tool_calls(text: str) -> list[str]:
+    """Return the texts between the tags of the complete tool calls of an answer."""
+    # Start tags after the last end tag would each be searched up to the end of the text.
+    end = text.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
+    return [match["call"] for match in TOOL_CALL_TEXT.finditer(text, 0, end)]
 
 
 def parse_tool_call(text: str, tools: Sequence[dict[str, Any]] = ()) -> ToolCallPart | None:
@@ -329,7 +337,9 @@ def parse_tool_call(text: str, tools: Sequence[dict[str, Any]] = ()) -> ToolCall
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties") or {}
     arguments: dict[str, Any] = {}
-    for name, value in _XML_ARGUMENT.findall(match["arguments"]):
+    content = match["arguments"]
+    end = content.rfind(_XML_ARGUMENT_END) + len(_XML_ARGUMENT_END)
+    for name, value in _XML_ARGUMENT.findall(content, 0, end):
         definition = properties.get(name)
         if isinstance(definition, dict) and definition.get("type") == "string":
             arguments[name] = value

@@ -49,6 +49,9 @@ from finesight.train.run_report import RunReport
 from finesight.train.state import TrainState
 from finesight.vision.processor_limits import write_processor_limits
 
+MAX_FAILED_SHARE = 0.5
+"""Share of failed episodes above which they are the reason for missing rewards."""
+
 
 @dataclass(frozen=True, slots=True)
 class UnusedResponses:
@@ -60,6 +63,8 @@ class UnusedResponses:
         is_masked: Whether truncated responses are excluded from the loss.
         section: Section of the recipe with the settings of responses.
         length_remedy: What to do about truncated responses.
+        environment: Environment of the responses; empty without one.
+        failed_share: Share of responses whose environment failed.
     """
 
     rewards: str
@@ -67,9 +72,16 @@ class UnusedResponses:
     is_masked: bool
     section: str
     length_remedy: str
+    environment: str = ""
+    failed_share: float = 0.0
 
     def describe(self) -> tuple[str, str, str, str]:
         """Return problem, setting, expected value and remedy."""
+        if self.failed_share > MAX_FAILED_SHARE:
+            problem = f"the environment failed in {self.failed_share:.0%} of the episodes"
+            setting = f"{self.section}.environment"
+            remedy = f"correct {self.environment}; warnings above name the errors"
+            return problem, setting, "episodes with a reward", remedy
         truncated = f"{self.truncated_share:.0%} of the responses were truncated"
         if self.truncated_share > MAX_TRUNCATED_SHARE:
             reason = "so the rewards were equal"
@@ -215,6 +227,7 @@ def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
     if not recipe.rewards or sampling is None:
         return None
     shares: list[float] = []
+    failed: list[float] = []
     for line in state.run.run_dir.iter_metrics():
         # With a KL divergence, the update also contains groups with equal rewards.
         has_different_rewards = line.get("frac_reward_zero_std", 1) < 1
@@ -223,12 +236,19 @@ def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
         # Without a reward, the reward function is the reason.
         if "reward" in line:
             shares.append(line["completions/clipped_ratio"])
+        if "episodes/error_ratio" in line:
+            failed.append(line["episodes/error_ratio"])
+    environment = ""
+    if sampling.episodes is not None:
+        environment = sampling.episodes.environment
     return UnusedResponses(
         rewards=", ".join(reward.name for reward in recipe.rewards),
         truncated_share=fsum(shares) / max(1, len(shares)),
         is_masked=sampling.masks_truncated,
         section=sampling.section,
         length_remedy=suggest_completion_length(recipe, state.data.train),
+        environment=environment,
+        failed_share=fsum(failed) / max(1, len(failed)),
     )
 
 

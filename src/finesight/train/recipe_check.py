@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
-from finesight.evaluate.environment import Environment
+from finesight.evaluate.environment import EpisodeError
+from finesight.evaluate.episode import add_tools, build_start, open_environment
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.reward_scorer import RewardScorer
-from finesight.evaluate.score_function import CALL_SECONDS, RewardError
+from finesight.evaluate.score_function import RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
 from finesight.family_components import FAMILIES
 from finesight.files.hub_address import is_offline
@@ -40,7 +41,8 @@ from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_
 from finesight.objective_components import OBJECTIVES, Needs
 from finesight.progress import ProgressConsole
 from finesight.reward_components import RewardSettings
-from finesight.samples.sample import Sample
+from finesight.samples.image_file import CorruptImageError
+from finesight.samples.sample import LocatedSample, Sample
 from finesight.settings.config import QuantizeSettings, Recipe, TuneSettings
 from finesight.settings.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 from finesight.settings.recipe_template import StartModel, describe_run
@@ -333,16 +335,34 @@ def check_rewards(rewards: Sequence[RewardSettings], run: Path | None, sample: S
         raise
 
 
-def check_environment(recipe: Recipe) -> None:
-    """Load the environment of a recipe, if it has one.
+def check_environment(recipe: Recipe, renderer: Renderer, located: LocatedSample) -> None:
+    """Try an episode without calls for a sample, if the recipe has an environment.
 
     Raises:
-        UserError: The file fails, or its class is no environment.
+        UserError: The file fails, its class is no environment, or the episode fails.
     """
     sampling = recipe.needs.sampling
-    if sampling is not None and sampling.environment is not None:
-        with Environment(sampling.environment, recipe.output_dir, CALL_SECONDS):
+    if sampling is None or sampling.episodes is None:
+        return
+    with open_environment(sampling.episodes, recipe.output_dir) as environment:
+        located = add_tools(located, environment.tools)
+        references = get_reference_answer(located.sample, has_reasoning=renderer.renders_reasoning)
+        try:
+            prompt = renderer.tokenize_prompt(located)
+        except CorruptImageError:  # The run skips the sample.
             return
+        start = build_start(located, prompt, references, renderer.native, seed=0)
+        try:
+            with closing(environment.start_episode(start.row, start.images)) as session:
+                if environment.has_reward:
+                    session.get_reward()
+        except EpisodeError as error:
+            raise UserError(
+                f"an episode without calls failed: {error.what}",
+                where=error.where,
+                expected=f"an environment that starts for sample {located.sample.id!r}",
+                remedy=f"correct the environment {sampling.episodes.environment}",
+            ) from error
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:
@@ -371,7 +391,7 @@ def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressCon
     LRSchedule(recipe.train, len(sampler))  # rejects a warmup beyond the end
     check_trainable_parts(recipe.tune, train, sampler)
     check_rewards(recipe.rewards, recipe.output_dir, train.first_sample)
-    check_environment(recipe)
+    check_environment(recipe, renderer, train.corpus[train.stats.sample_indices[0]])
     if recipe.eval is not None and validation is not None:
         indices = select_eval_samples(validation.stats.sample_indices, recipe.eval.limit)
         samples = [validation.corpus[index].sample for index in indices]

@@ -6,7 +6,6 @@ on weights, seed, step and sample, so a resumed run generates the same ones.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,14 @@ import numpy as np
 import torch
 
 from finesight.encode.tokenization import EncodedSample
-from finesight.infer.block_manager import append_tokens, hash_images
-from finesight.infer.prediction import NUM_READER_THREADS, FollowUp, ResponseSampler
+from finesight.infer.block_manager import hash_images
+from finesight.infer.prediction import (
+    NUM_READER_THREADS,
+    FollowUp,
+    ResponseSampler,
+    append_response,
+    derive_seed,
+)
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.backend import as_native
 from finesight.samples.sample import LocatedSample
@@ -25,7 +30,6 @@ from finesight.train.state import TrainState
 from finesight.train.step_batch import SkippedSample, StepBatch
 from finesight.train.step_dataset import IndexedSample
 from finesight.train.vision_cache_builder import free_gpu_memory
-from finesight.vision.image_processing import concat_patches
 
 
 class Rollout(ABC):
@@ -156,10 +160,9 @@ def build_requests(
     requests = []
     for number in range(num_responses):
         for prompt, name, hashes in zip(prompts, names, image_hashes, strict=True):
-            digest = hashlib.sha256(f"{name}/{number}".encode()).digest()
             params = SamplingParams(
                 temperature=temperature,
-                seed=int.from_bytes(digest[:7], "little"),
+                seed=derive_seed(f"{name}/{number}"),
                 banned_ids=banned_ids,
             )
             request = GenerationRequest(
@@ -172,12 +175,6 @@ def build_requests(
             )
             requests.append(request)
     return requests
-
-
-def append_response(prompt: EncodedSample, tokens: Sequence[GeneratedToken]) -> EncodedSample:
-    """Return a prompt with its response, of which all tokens are supervised."""
-    tokenized = append_tokens(prompt.tokenized, list_ids(tokens), is_supervised=True)
-    return replace(prompt, tokenized=tokenized)
 
 
 def join_responses(
@@ -201,7 +198,7 @@ def join_sequences(prompt: EncodedSample, sequences: Sequence[EncodedSample]) ->
     loss_masks = [before.loss_mask_T[:start]]
     position_ids = [before.position_ids_3T[:, :start]]
     spans = list(before.spans)
-    patches = [prompt.patches_ND]
+    patches = list(prompt.appended_patches)
     response_starts = []
     num_tokens = start
     for sequence in sequences:
@@ -213,11 +210,9 @@ def join_sequences(prompt: EncodedSample, sequences: Sequence[EncodedSample]) ->
         offset = num_tokens - start
         for span in tokenized.spans[len(before.spans) :]:
             spans.append(replace(span, start=span.start + offset, stop=span.stop + offset))
-        patches.append(sequence.patches_ND[len(prompt.patches_ND) :])
+        patches += sequence.appended_patches[len(prompt.appended_patches) :]
         response_starts.append(num_tokens)
         num_tokens += stop - start
-    # Empty patches have the dimension of videos.
-    patches = [one for one in patches if len(one)] or [prompt.patches_ND]
     tokenized = replace(
         before,
         ids_T=np.concatenate(ids),
@@ -226,12 +221,7 @@ def join_sequences(prompt: EncodedSample, sequences: Sequence[EncodedSample]) ->
         spans=tuple(spans),
         response_starts=tuple(response_starts),
     )
-    return replace(prompt, tokenized=tokenized, patches_ND=concat_patches(patches))
-
-
-def list_ids(tokens: Sequence[GeneratedToken]) -> list[int]:
-    """List the ids of generated tokens."""
-    return [token.id for token in tokens]
+    return replace(prompt, tokenized=tokenized, appended_patches=tuple(patches))
 
 
 def split_responses(

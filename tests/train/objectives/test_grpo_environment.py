@@ -5,19 +5,26 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
 
 from finesight.errors import UserError
 from finesight.evaluate.custom_metric import check_recipe_metric
 from finesight.evaluate.environment import Environment
+from finesight.evaluate.episode import Episode
+from finesight.evaluate.eval_case import EvalCase
+from finesight.infer.request import GeneratedToken
+from finesight.operations.evaluation import evaluate
 from finesight.samples.sample import ToolCallPart
 from finesight.settings.recipe import load_recipe, recipe_from_dict
+from finesight.train.objectives.grpo import Settings
+from finesight.train.objectives.grpo.rollout import Group, GrpoRollout
 
 ENVIRONMENT = """
 class Letters:
     def reset(self, id, **values):
-        if int(id.removeprefix("train")) == 3:
+        if id == "train3":
             raise ValueError("no sample")
         assert sorted(values) == ["boxes", "frames", "images", "meta", "prompt", "references"]
         (image,) = values["images"]
@@ -77,11 +84,34 @@ def test_run_continues_after_errors_of_an_environment(environment_task):
     assert (run / "environment.py").read_text() == ENVIRONMENT
     lines = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
     assert all("environment" in line["scores"] for line in lines)
+    for line in lines:
+        (turn,) = line["episode"]["turns"]
+        assert turn["role"] == "assistant"
+        assert line["episode"]["reward"] == line["scores"]["environment"]
     shutil.copytree(run, task.folder / "whole")
     rewind_to_checkpoint(run)
     (task.folder / "letters.py").unlink()
     task.run(resume=True)
     assert_same_run(run, task.folder / "whole")
+
+
+@pytest.mark.parametrize("masks_truncated", [False, True])
+def test_failed_episodes_have_no_loss(masks_truncated):
+    tokens = [GeneratedToken(1, -1.0)] * 3
+    episodes = []
+    cases = []
+    for error, has_ended in (("", True), ("failed", True), ("", False)):
+        episodes.append(Episode(None, tokens, error=error))  # type: ignore[arg-type]
+        cases.append(EvalCase("", (), ("",), (), ended_with_eos=has_ended))
+    rewards_GF = np.array([[1.0], [np.nan], [0.0]])
+    group = Group(0, None, episodes, rewards_GF, [], cases)  # type: ignore[arg-type]
+    rollout = object.__new__(GrpoRollout)
+    rollout.settings = Settings(mask_truncated_completions=masks_truncated)
+    rollout.environment = None
+    used = [0] if masks_truncated else [0, 2]
+    assert rollout.list_used(group) == used
+    record = rollout.build_record([group], [group])
+    assert (record.num_responses, record.num_tokens) == (2, 3 * len(used))
 
 
 def test_environment_of_a_received_run_needs_trust(environment_task, monkeypatch):
@@ -116,6 +146,30 @@ def test_recipes_with_environments_are_checked(environment_task, changes, proble
         environment_task.run()
 
 
+def test_environment_is_tried_before_training(environment_task):
+    task = environment_task
+    file = task.folder / "letters.py"
+    file.write_text(ENVIRONMENT.replace("train3", "train0"))
+    with pytest.raises(UserError, match=r"an episode without calls failed: .*no sample") as caught:
+        task.run()
+    assert caught.value.where == f"{file}:5"
+    assert str(caught.value.remedy) == f"correct the environment {file}:Letters"
+    assert not (task.folder / "run" / "metrics.jsonl").exists()
+
+
+def test_run_names_an_environment_that_fails(environment_task):
+    task = environment_task
+    file = task.folder / "letters.py"
+    failing = ENVIRONMENT.replace('if id == "train3"', 'if id != "train0"')
+    file.write_text(failing)
+    task.recipe["rewards"] = ["environment"]
+    problem = r"the environment failed in \d\d+% of the episodes"
+    with pytest.raises(UserError, match=problem) as caught:
+        task.run("train.epochs=null", "train.steps=2")
+    assert caught.value.where == "train.grpo.environment"
+    assert f"{file}:Letters" in str(caught.value.remedy)
+
+
 def test_path_is_relative_to_the_recipe(environment_task):
     task = environment_task
     task.recipe["train"]["grpo"]["environment"] = "letters.py:Letters"
@@ -123,7 +177,8 @@ def test_path_is_relative_to_the_recipe(environment_task):
     path.write_text(json.dumps(task.recipe | {"output_dir": "run"}))
     sampling = load_recipe(path).needs.sampling
     assert sampling is not None
-    assert sampling.environment == f"{task.folder / 'letters.py'}:Letters"
+    assert sampling.episodes is not None
+    assert sampling.episodes.environment == f"{task.folder / 'letters.py'}:Letters"
 
 
 def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
@@ -165,6 +220,16 @@ def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
     assert first["episodes/error_ratio"] == 0
     differences = [one["sampling/sampling_logp_difference/mean"] for one in (first, *others)]
     assert max(differences) <= 2e-6
+
+    # Evaluation calls the tools, too, and pages show the crops.
+    out = tmp_path / "out.jsonl"
+    answers = evaluate(str(tmp_path / "run"), data=train, metric="qa", limit=2, out=out)
+    (line, *_) = [json.loads(line) for line in out.read_text().splitlines()]
+    roles = [turn["role"] for turn in line["episode"]["turns"]]
+    assert roles[:3] == ["assistant", "tool", "assistant"]
+    assert "environment_reward" not in answers.value.scores
+    without = evaluate(str(tmp_path / "run"), data=train, metric="qa", limit=2, environment="none")
+    assert all(one.episode is None for one in without.value.predictions)
 
 
 def write_calls(train: Path, folder: Path) -> None:

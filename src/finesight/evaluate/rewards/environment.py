@@ -23,7 +23,7 @@ class EnvironmentReward(Reward[RewardSettings]):
 def check(settings: RewardSettings, recipe: Any) -> Iterator[SettingProblem]:
     """Yield the problem of a recipe without an environment."""
     sampling = recipe.needs.sampling
-    if sampling is None or sampling.environment is None:
+    if sampling is None or sampling.episodes is None:
         yield SettingProblem(
             "the reward environment needs an environment",
             "set the environment of the objective, or remove the reward",

@@ -66,6 +66,7 @@ from finesight.samples.sample import (
     MAX_BOXES,
     MAX_MESSAGES,
     MAX_PARTS,
+    TOOL_CALL_END,
     TOOL_CALL_TEXT,
     BoxPart,
     ContentPart,
@@ -81,6 +82,7 @@ from finesight.samples.sample import (
     check_limit,
     check_tool,
     find_box_slots,
+    find_tool_calls,
     join_text,
     list_coordinates,
     list_media_paths,
@@ -529,11 +531,12 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
             texts = _RESULT_TEXT.findall(turn.content) if "</tool_response>" in turn.content else []
             if turn.role in ("user", "tool") and texts and not _RESULT_TEXT.sub("", turn.content):
                 results = [Turn("tool", text) for text in texts]
-            if tools and turn.role == "assistant" and "</tool_call>" in turn.content:
+            if tools and turn.role == "assistant" and TOOL_CALL_END in turn.content:
                 # Models write tool calls in tags within the text.
-                texts = [match["call"] for match in TOOL_CALL_TEXT.finditer(turn.content)]
-                parsed = [read_tool_call(text, tools) for text in texts]
-                content = TOOL_CALL_TEXT.sub("", turn.content)
+                parsed = [read_tool_call(text, tools) for text in find_tool_calls(turn.content)]
+                # Start tags after the last end tag would each be searched up to the end.
+                end = turn.content.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
+                content = TOOL_CALL_TEXT.sub("", turn.content[:end]) + turn.content[end:]
                 turn = turn._replace(content=content, calls=(*turn.calls, *parsed))
                 results = [turn]
         last = turns[-1] if turns else None

@@ -108,6 +108,7 @@ function answerRow(kind, title, answer, reference = "", note = "") {
   );
   if (text || !boxes.length) row.append(...truncateText(source));
   if (fields) row.append(...drawFieldDiff(fields));
+  if (answer.turns?.length) row.append(drawTurns(answer.turns));
   if (boxes.length) {
     row.append(
       createElement(
@@ -121,6 +122,21 @@ function answerRow(kind, title, answer, reference = "", note = "") {
     );
   }
   return row;
+}
+
+/* Answers and tool results of an episode, with small images. */
+function drawTurns(turns) {
+  const drawn = turns.map(({ role, parts }) => {
+    const content = parts.flatMap(({ text, image }) =>
+      image
+        ? [createElement("img", { src: image, alt: translate("image of a tool") })]
+        : truncateText(createElement("p", { class: "text mono" }, text)),
+    );
+    const title = translate(role === "tool" ? "result of tools" : "answer");
+    return createElement("li", { class: role }, createElement("strong", {}, title), ...content);
+  });
+  const summary = createElement("summary", {}, translate("episode of {} turns", turns.length));
+  return createElement("details", { class: "turns" }, summary, createElement("ol", {}, ...drawn));
 }
 
 /* Fields of a JSON answer that differ from the reference, with the number of equal values. */

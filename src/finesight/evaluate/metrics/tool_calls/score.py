@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from finesight.evaluate.eval_case import EvalCase, MetricResult
 from finesight.evaluate.json_metrics import JsonForm, normalize_value, score_json
-from finesight.samples.sample import TOOL_CALL_END, TOOL_CALL_TEXT, parse_tool_call
+from finesight.samples.sample import find_tool_calls, parse_tool_call
 
 
 def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
@@ -22,9 +22,8 @@ def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
 def _parse_calls(text: str) -> JsonForm | None:
     """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
     forms = []
-    end = text.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
-    for match in TOOL_CALL_TEXT.finditer(text, 0, end):
-        call = parse_tool_call(match["call"])
+    for call_text in find_tool_calls(text):
+        call = parse_tool_call(call_text)
         if call is None:
             return None
         values = {}

@@ -9,8 +9,8 @@ from random import Random
 
 import numpy as np
 
-from finesight.infer.block_manager import append_tokens
-from finesight.train.rollout import Rollout, list_ids
+from finesight.infer.prediction import append_response
+from finesight.train.rollout import Rollout
 from finesight.train.step_batch import SkippedSample, StepBatch
 
 
@@ -48,8 +48,7 @@ class StudentRollout(Rollout):
         own_lengths = []
         for (index, prompt), (tokens,) in zip(prompts, responses, strict=True):
             own_lengths.append(len(tokens))
-            tokenized = append_tokens(prompt.tokenized, list_ids(tokens), is_supervised=True)
-            encoded[index] = replace(prompt, tokenized=tokenized)
+            encoded[index] = append_response(prompt, tokens)
         lengths = list(chain.from_iterable(process_group.all_gather_object(own_lengths)))
         metrics = {"rollout_s": time.perf_counter() - start_time}
         if lengths:

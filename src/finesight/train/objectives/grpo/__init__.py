@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from finesight.components import SettingProblem
-from finesight.environment_components import ENVIRONMENTS
+from finesight.environment_components import ENVIRONMENTS, EpisodeSettings
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling
 from finesight.settings.setting_types import CoercedFloat, PositiveInt, SettingsSection
 
@@ -86,6 +86,14 @@ class Settings(SettingsSection):
 
 def needs(settings: Settings, recipe: Recipe) -> Needs:
     """Return the needs: rewards, and groups of sampled responses."""
+    episodes = None
+    if settings.environment is not None:
+        episodes = EpisodeSettings(
+            environment=settings.environment,
+            max_tool_calling_iterations=settings.max_tool_calling_iterations,
+            tool_timeout=settings.tool_timeout,
+            max_tokens=settings.max_completion_length,
+        )
     return Needs(
         rewards=True,
         sampling=Sampling(
@@ -95,7 +103,7 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
             temperature=settings.temperature,
             batch_size=settings.batch_size,
             masks_truncated=settings.mask_truncated_completions,
-            environment=settings.environment,
+            episodes=episodes,
         ),
         supports_dropout=False,
     )

@@ -25,6 +25,15 @@ from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.errors import format_count
 from finesight.evaluate.environment import Environment
+from finesight.evaluate.episode import (
+    Episode,
+    EpisodeRunner,
+    add_episode,
+    add_tools,
+    build_start,
+    derive_environment_seed,
+    open_environment,
+)
 from finesight.evaluate.eval_case import EvalCase, ReferenceAnswer, get_reference_answer
 from finesight.evaluate.prediction_file import create_case, format_prediction_line
 from finesight.evaluate.reward_scorer import RewardScorer, describe_unscored
@@ -39,8 +48,6 @@ from finesight.model.linear import LoraLinear
 from finesight.samples.boxes import measure_overlap, sort_corners
 from finesight.samples.frames import rescale
 from finesight.samples.sample import LocatedSample
-from finesight.settings.config import Recipe
-from finesight.train.episode import Episode, EpisodeRunner, add_tools, build_start
 from finesight.train.objectives.grpo import COMPONENT
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.rollout import Rollout, join_sequences, split_responses
@@ -111,7 +118,7 @@ class RolloutRecord(NamedTuple):
 
     Attributes:
         rewards: Rewards by group, response and reward function; NaN if not scored.
-        num_useful: Number of groups of the update.
+        num_responses: Number of responses of the groups of the update, without failed episodes.
         num_tokens: Number of tokens of the update.
         episodes: Number of turns, tool calls and mistakes of each response, and whether the
             environment failed; empty without an environment.
@@ -120,7 +127,7 @@ class RolloutRecord(NamedTuple):
     rewards: list[list[list[float]]]
     lengths: list[int]
     is_truncated: list[bool]
-    num_useful: int
+    num_responses: int
     num_tokens: int
     episodes: Sequence[tuple[int, int, int, bool]] = ()
 
@@ -265,7 +272,9 @@ class GrpoRollout(Rollout):
         length_remedy = suggest_completion_length(recipe, state.data.train)
         self.check = RewardCheck(state.data.renderer, self.log, length_remedy)
         self.reward_s = 0.0
-        self.environment = open_environment(recipe)
+        self.environment: Environment | None = None
+        if self.sampling.episodes is not None:
+            self.environment = open_environment(self.sampling.episodes, recipe.output_dir)
         self.logged_errors: set[str] = set()
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
@@ -326,9 +335,15 @@ class GrpoRollout(Rollout):
             lengths += map(len, group.responses)
             for case in group.cases:
                 is_truncated.append(not case.ended_with_eos)
-        num_tokens = sum(map(self.count_tokens, useful))
+        num_responses = 0
+        for group in useful:
+            num_responses += sum(not episode.error for episode in group.episodes)
         record = RolloutRecord(
-            rewards, lengths, is_truncated, num_useful=len(useful), num_tokens=num_tokens
+            rewards,
+            lengths,
+            is_truncated,
+            num_responses=num_responses,
+            num_tokens=sum(map(self.count_tokens, useful)),
         )
         if self.environment is None:
             return record
@@ -403,11 +418,16 @@ class GrpoRollout(Rollout):
         starts = []
         for index, prompt in prompts:
             sample = self.state.data.train.corpus[index]
-            starts.append(build_start(sample, prompt, self.get_references(index), renderer))
+            references = self.get_references(index)
+            # The responses of a group have the same seed, so that their rewards are comparable.
+            seed = derive_environment_seed(f"{self.seed}/{step}/{index}")
+            starts.append(build_start(sample, prompt.tokenized, references, renderer, seed))
         num_generations = self.settings.num_generations
-        max_iterations = self.settings.max_tool_calling_iterations
         with EpisodeRunner(
-            self.environment, renderer, starts * num_generations, max_iterations
+            self.environment,
+            renderer,
+            lambda number, prompt: starts[number % len(starts)],
+            self.settings.max_tool_calling_iterations,
         ) as runner:
             self.generate(step, prompts, runner.continue_episode, runner.restart_unfinished)
         self.log_errors(runner.errors)
@@ -442,11 +462,10 @@ class GrpoRollout(Rollout):
         for episode in episodes:
             ids = episode.answer_ids
             prediction = build_prediction(renderer, sample, prompt.tokenized, ids)
-            if episode.is_truncated:
-                prediction = replace(prediction, finish_reason="length")
+            if self.environment is not None:
+                prediction = add_episode(prediction, episode)
             predictions.append(prediction)
-            case = create_case(prediction, references)
-            cases.append(replace(case, environment_reward=episode.reward))
+            cases.append(create_case(prediction, references))
         start_time = time.perf_counter()
         rewards_GF = np.array(self.scorer.score(cases), dtype=np.float64).T
         self.reward_s += time.perf_counter() - start_time
@@ -485,9 +504,13 @@ class GrpoRollout(Rollout):
         return sum(len(group.responses[i]) for i in self.list_used(group))
 
     def list_used(self, group: Group) -> list[int]:
-        """Return the responses of a group that contribute to the loss."""
-        is_masked = self.settings.mask_truncated_completions
-        return [n for n, one in enumerate(group.cases) if one.ended_with_eos or not is_masked]
+        """Return the responses of a group that contribute to the loss, without failed episodes."""
+        used = []
+        for n, (case, episode) in enumerate(zip(group.cases, group.episodes, strict=True)):
+            is_masked = self.settings.mask_truncated_completions and not case.ended_with_eos
+            if not (is_masked or episode.error):
+                used.append(n)
+        return used
 
     def pack_group(
         self, group: Group, records: Sequence[RolloutRecord], rewards_QGF: FloatArray
@@ -499,8 +522,8 @@ class GrpoRollout(Rollout):
             rewards_QGF: Rewards of the step on all ranks.
         """
         advantages_G = self.compute_advantages(group, rewards_QGF)
-        num_responses = sum(one.num_useful for one in records) * self.settings.num_generations
-        mean_length = sum(one.num_tokens for one in records) / num_responses
+        num_responses = sum(one.num_responses for one in records)
+        mean_length = sum(one.num_tokens for one in records) / max(1, num_responses)
         for chunk in self.split_group(group):
             episodes = [group.episodes[n] for n in chunk]
             encoded = join_sequences(group.prompt, [episode.sequence for episode in episodes])
@@ -554,18 +577,6 @@ class GrpoRollout(Rollout):
                 self.banned_ids,
             )
         return logps_L.float().cpu()
-
-
-def open_environment(recipe: Recipe) -> Environment | None:
-    """Load the environment of a recipe, if it has one.
-
-    Raises:
-        UserError: The file fails, or its class is no environment.
-    """
-    settings = COMPONENT.settings_of(recipe.train)
-    if settings.environment is None:
-        return None
-    return Environment(settings.environment, recipe.output_dir, settings.tool_timeout)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python benchmarks/environment_learning.py --work DIR --out FILE
         [--tasks words gui] [--seeds 0 1 2] [--device cpu] [--grpo_steps N] ...
 
-Each seed generates images of a task, and trains finesight-tiny with LoRA:
+Each seed generates images of a task, and trains finesight-tiny:
 
 - `words`: a small word in a large image, which is unreadable at `max_pixels`, with the tool
   `image_zoom_in_tool` and the reward `exact`.
@@ -12,8 +12,9 @@ Each seed generates images of a task, and trains finesight-tiny with LoRA:
 The stages of a seed are:
 
 - `single`, for `words`: supervised fine-tuning on the questions and answers, without the tool.
-- `sft`: supervised fine-tuning on demonstrations of the calls.
-- `grpo`: the adapter of `sft`, continued with rewards on other samples.
+- `sft`: supervised fine-tuning on demonstrations of the calls. Embeddings are trained, too: the
+  pretraining of finesight-tiny has no tool calls, so that many of their tokens are new.
+- `grpo`: LoRA on `sft`, with rewards on other samples.
 
 `score` is the share of successful episodes on the same validation samples, with greedy decoding.
 `score` has an exact 95 % interval, and `gain` (`grpo` minus `sft`) Tango's paired interval. The
@@ -68,13 +69,13 @@ class TrainingSettings:
     rewarded: int = 400
     validation: int = 200
     max_pixels: int = 50_176
-    rank: int = 32
     sft_steps: int = 100
     sft_batch_size: int = 8
-    sft_learning_rate: float = 1e-3
+    sft_learning_rate: float = 5e-4
     grpo_steps: int = 20
     grpo_batch_size: int = 8
     grpo_learning_rate: float = 5e-4
+    rank: int = 32
     num_generations: int = 8
     max_completion_length: int = 256
     max_iterations: int = 2
@@ -123,36 +124,24 @@ def write_splits(folder: Path, task: Task, settings: TrainingSettings, seed: int
                 write_demonstrations(folder / split, tasks, environment)
 
 
-def build_recipe(
-    run: Path, data: Path, settings: TrainingSettings, section: dict[str, Any], device: str
-) -> dict[str, Any]:
-    """Return the recipe of a run."""
-    lora = {"rank": settings.rank, "alpha": settings.rank, "dropout": 0.0}
-    precision = "auto"
-    if device == "cpu":
-        precision = select_cpu_precision()
-    return {
-        "model": BASE_MODEL,
-        "data": {"train": str(data)},
-        "image": {"max_pixels": settings.max_pixels},
-        "tune": {"language": "lora", "lora": lora},
-        "train": {"device": device, "precision": precision, **section},
-        "output_dir": str(run),
-    }
-
-
-def get_sft_section(settings: TrainingSettings) -> dict[str, Any]:
-    """Return the section `train` of supervised fine-tuning."""
-    return {
+def get_sft_sections(settings: TrainingSettings) -> dict[str, Any]:
+    """Return model, `tune` and `train` of supervised fine-tuning."""
+    train_section = {
         "steps": settings.sft_steps,
         "batch_size": settings.sft_batch_size,
         "learning_rate": settings.sft_learning_rate,
     }
-
-
-def get_grpo_section(settings: TrainingSettings, environment: str) -> dict[str, Any]:
-    """Return the section `train` of GRPO."""
     return {
+        "model": BASE_MODEL,
+        "tune": {"language": "full", "embeddings": "full"},
+        "train": train_section,
+    }
+
+
+def get_grpo_sections(settings: TrainingSettings, task: Task, model: Path) -> dict[str, Any]:
+    """Return model, `tune`, `train` and `rewards` of GRPO."""
+    lora = {"rank": settings.rank, "alpha": settings.rank, "dropout": 0.0}
+    train_section = {
         "objective": "grpo",
         "steps": settings.grpo_steps,
         "batch_size": settings.grpo_batch_size,
@@ -160,15 +149,21 @@ def get_grpo_section(settings: TrainingSettings, environment: str) -> dict[str, 
         "grpo": {
             "num_generations": settings.num_generations,
             "max_completion_length": settings.max_completion_length,
-            "environment": environment,
+            "environment": task.environment,
             "max_tool_calling_iterations": settings.max_iterations,
             "tool_timeout": TOOL_SECONDS,
         },
     }
+    return {
+        "model": str(model),
+        "tune": {"language": "lora", "lora": lora},
+        "train": train_section,
+        "rewards": [task.reward],
+    }
 
 
 def run_episodes(
-    run: Path, data: Path, task: Task, settings: TrainingSettings, uses_tools: bool
+    run: Path, data: Path, task: Task, settings: TrainingSettings, *, uses_tools: bool
 ) -> dict[str, Any]:
     """Run an episode for each validation sample, and return their successes and means."""
     loaded = load_inference_model(str(run))
@@ -239,30 +234,35 @@ def measure_seed(
     write_splits(folder, task, settings, seed)
     validation = folder / "validation" / "data.jsonl"
 
+    precision = "auto"
+    if device == "cpu":
+        precision = select_cpu_precision()
+
     def measure(
-        name: str, recipe: dict[str, Any], uses_tools: bool
+        name: str, data: Path, sections: dict[str, Any], *, uses_tools: bool = True
     ) -> tuple[list[bool], dict[str, Any]]:
-        recipe["train"]["seed"] = seed
+        recipe = {
+            **sections,
+            "data": {"train": str(data)},
+            "image": {"max_pixels": settings.max_pixels},
+            "output_dir": str(folder / name),
+        }
+        recipe["train"] |= {"seed": seed, "device": device, "precision": precision}
         start = time.monotonic()
         train(recipe_from_dict(recipe, {}))
         seconds = round(time.monotonic() - start, 1)
-        found = run_episodes(folder / name, validation, task, settings, uses_tools)
+        found = run_episodes(folder / name, validation, task, settings, uses_tools=uses_tools)
         successes = found.pop("successes")
         return successes, {"seconds": seconds, **describe_score(successes), **found}
 
     data = folder / "demonstrations"
-    section = get_sft_section(settings)
     if task.has_single_turn:
-        recipe = build_recipe(folder / "single", data / "data.jsonl", settings, section, device)
-        yield "single", *measure("single", recipe, False)
-    recipe = build_recipe(folder / "sft", data / "demonstrations.jsonl", settings, section, device)
-    before, found = measure("sft", recipe, True)
+        sections = get_sft_sections(settings)
+        yield "single", *measure("single", data / "data.jsonl", sections, uses_tools=False)
+    before, found = measure("sft", data / "demonstrations.jsonl", get_sft_sections(settings))
     yield "sft", before, found
-    section = get_grpo_section(settings, task.environment)
-    rewarded = folder / "rewarded" / "data.jsonl"
-    recipe = build_recipe(folder / "grpo", rewarded, settings, section, device)
-    recipe |= {"adapter": str(folder / "sft"), "rewards": [task.reward]}
-    after, found = measure("grpo", recipe, True)
+    sections = get_grpo_sections(settings, task, folder / "sft")
+    after, found = measure("grpo", folder / "rewarded" / "data.jsonl", sections)
     found |= describe_gain(before, after)
     yield "grpo", after, {**found, "rewards": read_rewards(folder / "grpo")}
 

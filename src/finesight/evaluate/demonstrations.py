@@ -86,7 +86,7 @@ def demonstrate(folder: Path, task: ToolTask, environment: Environment, frame: I
 
 
 def save_result(blocks: Sequence[ResultBlock], folder: Path, name: str) -> tuple[ContentPart, ...]:
-    """Return the result of a tool as content of a sample, with its images in files."""
+    """Save the images of a tool result, and return it as content of a sample."""
     content: list[ContentPart] = []
     for number, block in enumerate(blocks):
         if isinstance(block, str):

@@ -85,7 +85,10 @@ def sample_goal(layout: WindowLayout, rng: random.Random) -> tuple[str, WindowSt
 
 
 def solve(window: GuiWindow, goal: WindowState, frame: ImageSize) -> Sequence[ToolCallPart]:
-    """Return the calls that bring a new window to a state, and apply their scrolling to it."""
+    """Return the calls that bring a new window to a state.
+
+    Scrolling is applied to the window.
+    """
     calls = []
     for name, text in goal.texts.items():
         calls.append(build_click(window, name, frame))

@@ -142,7 +142,7 @@ class GuiWindow:
             )
 
     def find_box(self, name: str) -> PixelBox | None:
-        """Return the box of the field, item or button with a label; None if it is not visible."""
+        """Return the box of a field, item or button; None if it is not visible."""
         for _, label, box in self.iter_boxes():
             if label == name:
                 return box

@@ -1,4 +1,4 @@
-"""Synthetic large images with one small word, which a model reads only in an enlarged crop."""
+"""Synthetic large images with one small word."""
 
 from __future__ import annotations
 
@@ -93,9 +93,13 @@ def draw_small_word(word: str, rng: random.Random) -> tuple[Image.Image, Box]:
 
 
 def build_zoom_call(box: Box, frame: ImageSize) -> ToolCallPart:
-    """Build the call that zooms in on a square around a box, in pixels of the image.
+    """Build the call that zooms in on a square around a box.
 
     The square is moved into the image.
+
+    Args:
+        box: Box in pixels of the image.
+        frame: Height and width of the coordinate frame of the call.
     """
     x1, y1, x2, y2 = box
     left = _clamp_start((x1 + x2 - CROP_SIDE) / 2)

@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from finesight.config import Device
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.evaluate.bootstrap import clopper_pearson_interval, tango_interval
 from finesight.evaluate.demonstrations import write_demonstrations
@@ -163,10 +164,16 @@ def get_grpo_sections(settings: TrainingSettings, task: Task, model: Path) -> di
 
 
 def run_episodes(
-    run: Path, data: Path, task: Task, settings: TrainingSettings, *, uses_tools: bool
+    run: Path,
+    data: Path,
+    task: Task,
+    settings: TrainingSettings,
+    *,
+    uses_tools: bool,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Run an episode for each validation sample, and return their successes and means."""
-    loaded = load_inference_model(str(run))
+    loaded = load_inference_model(str(run), device)
     renderer = loaded.renderer.native
     samples = [LocatedSample(one, data.parent) for one in read_samples(data)]
     references = [get_reference_answer(one.sample) for one in samples]
@@ -228,7 +235,7 @@ def describe_gain(before: Sequence[bool], after: Sequence[bool]) -> dict[str, An
 
 
 def measure_seed(
-    folder: Path, task: Task, settings: TrainingSettings, seed: int, device: str
+    folder: Path, task: Task, settings: TrainingSettings, seed: int, device: Device
 ) -> Iterator[tuple[str, list[bool], dict[str, Any]]]:
     """Run all stages with a seed, and yield name, successes and figures of each."""
     write_splits(folder, task, settings, seed)
@@ -251,7 +258,9 @@ def measure_seed(
         start = time.monotonic()
         train(recipe_from_dict(recipe, {}))
         seconds = round(time.monotonic() - start, 1)
-        found = run_episodes(folder / name, validation, task, settings, uses_tools=uses_tools)
+        found = run_episodes(
+            folder / name, validation, task, settings, uses_tools=uses_tools, device=device
+        )
         successes = found.pop("successes")
         return successes, {"seconds": seconds, **describe_score(successes), **found}
 

@@ -59,10 +59,14 @@ def test_small_words_are_enlarged(zoom, frame, tmp_path):
         assert len(result.content) == 1
         image, crop = open_images(sample, folder)
         corners = rescale(task.calls[0].arguments["bbox_2d"], frame, (IMAGE_SIDE, IMAGE_SIDE))
-        expected = image.crop(tuple(map(round, corners))).resize(crop.size)
-        difference = np.abs(np.asarray(expected, dtype=int) - np.asarray(crop, dtype=int))
-        assert difference.mean() < 4
-        assert min(crop.size) >= 480
+        left, top, right, bottom = corners
+        # The crop has the same shares of paper and ink, enlarged at least eight times.
+        assert crop.width >= 8 * (right - left) * 0.9
+        assert crop.height >= 8 * (bottom - top) * 0.9
+        assert crop.width * crop.height >= 256 * 32 * 32
+        paper = np.asarray(image)[0, 0].astype(int)
+        ink = np.abs(np.asarray(crop, dtype=int) - paper).sum(axis=-1) > 100
+        assert 0.03 < ink.mean() < 0.5
 
 
 def test_training_covers_calls_and_answer(zoom, gui, tmp_path):

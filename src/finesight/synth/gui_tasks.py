@@ -12,7 +12,7 @@ from finesight.samples.frames import ImageSize, rescale, round_to_size
 from finesight.storage import write_folder
 from finesight.synth.gui_window import WINDOW_SIZE, GuiWindow, WindowLayout, WindowState
 from finesight.synth.tickets import split_words
-from finesight.synth.tool_task import FRAME_1000, ToolTask, build_question
+from finesight.synth.tool_task import FRAME_1000, ToolTask, build_task_sample
 
 FINAL_ANSWER = "Done."
 
@@ -52,7 +52,7 @@ def write_gui_tasks(
             name = f"images/{index:05}.png"
             window.draw().save(folder / name)
             meta = {"window": asdict(layout), "goal": goal.to_dict()}
-            sample = build_question(f"gui-{index:05}", name, question, FINAL_ANSWER, meta)
+            sample = build_task_sample(f"gui-{index:05}", name, question, FINAL_ANSWER, meta)
             tasks.append(ToolTask(sample, solve(window, goal, frame)))
         write_samples(folder / "data.jsonl", [task.sample for task in tasks])
     return tasks

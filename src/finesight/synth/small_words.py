@@ -12,7 +12,7 @@ from finesight.samples.frames import Box, ImageSize, rescale, round_to_size
 from finesight.storage import write_folder
 from finesight.synth.drawing import load_builtin_font
 from finesight.synth.tickets import BAND_COLORS, PAPER_COLORS, sample_pseudoword
-from finesight.synth.tool_task import FRAME_1000, ToolTask, build_question
+from finesight.synth.tool_task import FRAME_1000, ToolTask, build_task_sample
 
 IMAGE_SIDE = 1024
 """Sides of the images in pixels."""
@@ -22,9 +22,6 @@ FONT_SIZE = 24
 
 An image of 224 x 224 pixels has 5 pixels per em left, which nobody can read.
 """
-
-CROP_SIDE = 224
-"""Sides in pixels of the crop that a demonstration zooms in on."""
 
 QUESTION = "Read the small word."
 
@@ -59,7 +56,7 @@ def write_small_words(
             image, box = draw_small_word(word, rng)
             name = f"images/{index:05}.png"
             image.save(folder / name)
-            sample = build_question(f"word-{index:05}", name, QUESTION, word, {})
+            sample = build_task_sample(f"word-{index:05}", name, QUESTION, word, {})
             tasks.append(ToolTask(sample, [build_zoom_call(box, frame)]))
         write_samples(folder / "data.jsonl", [task.sample for task in tasks])
     return tasks
@@ -93,22 +90,14 @@ def draw_small_word(word: str, rng: random.Random) -> tuple[Image.Image, Box]:
 
 
 def build_zoom_call(box: Box, frame: ImageSize) -> ToolCallPart:
-    """Build the call that zooms in on a square around a box.
+    """Build the call that zooms in on a box.
 
-    The square is moved into the image.
+    The box has no margin: models that locate words write such boxes already.
 
     Args:
         box: Box in pixels of the image.
         frame: Height and width of the coordinate frame of the call.
     """
-    x1, y1, x2, y2 = box
-    left = _clamp_start((x1 + x2 - CROP_SIDE) / 2)
-    top = _clamp_start((y1 + y2 - CROP_SIDE) / 2)
-    crop = (left, top, left + CROP_SIDE, top + CROP_SIDE)
-    corners = round_to_size(rescale(crop, (IMAGE_SIDE, IMAGE_SIDE), frame), frame)
+    corners = round_to_size(rescale(box, (IMAGE_SIDE, IMAGE_SIDE), frame), frame)
     arguments = {"bbox_2d": list(corners), "label": "word", "img_idx": 0}
     return ToolCallPart(name=ZOOM_TOOL, arguments=arguments)
-
-
-def _clamp_start(start: float) -> float:
-    return min(max(start, 0.0), IMAGE_SIDE - CROP_SIDE)

@@ -25,7 +25,7 @@ class ToolTask:
     calls: Sequence[ToolCallPart]
 
 
-def build_question(
+def build_task_sample(
     sample_id: str, image: str, question: str, answer: str, meta: dict[str, Any]
 ) -> Sample:
     """Build the sample of a question about an image, and its answer."""

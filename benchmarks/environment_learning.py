@@ -66,14 +66,14 @@ TOOL_SECONDS = 60.0
 class TrainingSettings:
     """Number of samples of each split, and settings of the training runs."""
 
-    demonstrations: int = 300
+    demonstrations: int = 600
     rewarded: int = 400
     validation: int = 200
     max_pixels: int = 50_176
-    sft_steps: int = 100
-    sft_batch_size: int = 8
+    sft_steps: int = 400
+    sft_batch_size: int = 16
     sft_learning_rate: float = 5e-4
-    grpo_steps: int = 20
+    grpo_steps: int = 40
     grpo_batch_size: int = 8
     grpo_learning_rate: float = 5e-4
     rank: int = 32

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import environment_learning
 import gpu_recommendation
 import pytest
 import yaml
@@ -56,6 +57,33 @@ def test_gpu_recommendation_table(tmp_path: Path) -> None:
     assert gpu_recommendation.format_cell([{**lora, "fits": False}]) == "no"
     (line,) = gpu_recommendation.format_table(rows, 84, ("LoRA",))[2:]
     assert line.startswith("| T4, 16 GB | LoRA: ")
+
+
+def test_environment_learning_scores_episodes(tmp_path: Path) -> None:
+    task = environment_learning.TASKS["words"]
+    settings = environment_learning.TrainingSettings(
+        demonstrations=1, rewarded=1, validation=2, max_completion_length=4
+    )
+    environment_learning.write_splits(tmp_path / "words", task, settings, seed=0)
+    data = tmp_path / "words" / "validation" / "data.jsonl"
+    for uses_tools in (True, False):
+        found = environment_learning.run_episodes(
+            BUNDLED_MODEL, data, task, settings, uses_tools=uses_tools
+        )
+        assert len(found["successes"]) == 2
+        assert (found["calls"], found["errors"]) == (0, 0)
+
+
+def test_environment_learning_pools_seeds() -> None:
+    before = [True, False, False, False, False, True] * 5
+    after = [True, True, True, False, True, False] * 5
+    assert "gain" not in environment_learning.pool({"single": before})["single"]
+    pooled = environment_learning.pool({"sft": before, "grpo": after})
+    assert pooled["sft"]["score"] == 0.3333
+    assert pooled["grpo"]["score"] == 0.6667
+    assert pooled["grpo"]["gain"] == 0.3333
+    low, high = pooled["grpo"]["gain_interval"]
+    assert 0 < low < 0.3333 < high < 0.7
 
 
 def test_results_name_existing_benchmarks():

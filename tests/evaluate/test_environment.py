@@ -222,3 +222,65 @@ def zoom(path: Path, frame: tuple[int, int], arguments: dict[str, object]) -> To
     with Environment("image_zoom_in_tool", path.parent, 30.0) as environment:
         session = environment.start_episode({"frames": [frame]}, [path])
         return session.call_tool("image_zoom_in_tool", arguments)
+
+
+GUI_ROW = {
+    "meta": {
+        "window": {
+            "title": "Orders",
+            "fields": ["Amount"],
+            "items": ["kiwi", "apple", "pear", "plum", "lemon", "mango"],
+            "buttons": ["OK", "Save", "Cancel"],
+            "is_mirrored": False,
+        },
+        "goal": {"texts": {"Amount": "42"}, "selected": "", "pressed": "OK"},
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def gui(tmp_path_factory):
+    with Environment("gui", tmp_path_factory.mktemp("gui"), 30.0) as environment:
+        yield environment
+
+
+@pytest.mark.parametrize("frame", [(1000, 1000), (448, 560)])
+def test_gui_is_used_in_the_frame_of_the_family(gui, frame):
+    """Centers of the field Amount and the button OK in thousandths, and in resized pixels."""
+    height, width = frame
+    field = {"x": 0.25 * width, "y": 0.286 * height}
+    button = {"x": 0.18 * width, "y": 0.875 * height}
+    session = gui.start_episode(GUI_ROW | {"frames": [frame]}, [])
+    screenshots = []
+    for name, arguments in (
+        ("click", field),
+        ("type_text", {"text": "42"}),
+        ("scroll", {"direction": "down"}),
+        ("click", button),
+    ):
+        assert session.get_reward() == 0.0
+        (image,) = session.call_tool(name, arguments).blocks
+        assert isinstance(image, Image.Image)
+        assert image.size == (280, 224)
+        screenshots.append(image.tobytes())
+    assert len(set(screenshots)) == 4
+    assert session.get_reward() == 1.0
+
+
+def test_gui_needs_exactly_the_goal(gui):
+    session = gui.start_episode(GUI_ROW | {"frames": [(1000, 1000)]}, [])
+    session.call_tool("click", {"x": 180, "y": 875})  # OK, before the text
+    session.call_tool("click", {"x": 250, "y": 286})
+    session.call_tool("type_text", {"text": "42"})
+    assert session.get_reward() == 0.0
+
+
+def test_gui_explains_mistakes(gui):
+    session = gui.start_episode(GUI_ROW | {"frames": [(1000, 1000)]}, [])
+    assert session.call_tool("scroll", {"direction": "left"}).is_mistake
+    assert session.call_tool("click", {"x": 1}).is_mistake
+    for text in ("x" * 101, "a\nb"):
+        (result,) = session.call_tool("type_text", {"text": text}).blocks
+        assert result == "Error: text is not one line of at most 100 characters"
+    with pytest.raises(EpisodeError, match="KeyError: 'window'"):
+        gui.start_episode({"meta": {}, "frames": [(1, 1)]}, [])

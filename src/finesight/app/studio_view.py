@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from finesight.app.job_results import describe_result, list_commands
 from finesight.app.jobs import Job, JobStore
+from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
 from finesight.app.pages import describe_error
 from finesight.app.workspace import (
     DATA_FILES,
@@ -33,7 +35,7 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.launch.launcher_component import LAUNCHERS
 from finesight.manifest import ADAPTER_FOLDER, GUARD_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
-from finesight.metric_components import METRICS
+from finesight.metric_components import METRICS, get_score
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
@@ -64,7 +66,7 @@ class FormField:
     """Field of a form: a text, or a choice of names with a description of the empty one.
 
     Attributes:
-        label: Label; empty for the name of its parameter, with the help of the command as a hint.
+        label: Label; empty for that of its option, with the hint of the option.
         default: Description of the empty choice.
         hint: Description below the field.
         folder: Folder of the workspace in which the text is the name of a new item.
@@ -92,14 +94,16 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "import": {
         "source": FormField("Or a file or folder in the workspace", "photos"),
         "out": FormField("Name of the data set", "tickets", folder="data"),
-        "prompt": FormField("Prompt", "Read the ticket."),
-        "columns": FormField("Columns (empty: detected)", "image=path answer=caption"),
+        "prompt": FormField("Question for each image", "Read the ticket."),
+        "columns": FormField(
+            "Columns (empty: detected)", "image=path answer=caption", is_advanced=True
+        ),
         "train_fraction": FormField(value="0.9"),
         "explain": None,
     },
     "label": {
         "sources": FormField("Images to label: a file or folder", "photos"),
-        "prompt": FormField("Prompt", "Read the ticket.", lines=2),
+        "prompt": FormField("Question for each image", "Read the ticket.", lines=2),
         "out": FormField("Name of the data set", value="labels"),
         "run_or_model": FormField("Model without a run", value=TINY_MODEL, is_advanced=True),
         "kind": FormField("Kind of the answers", default="detect automatically"),
@@ -131,7 +135,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
             is_advanced=True,
         ),
     },
-    "editor": {"text": FormField("Selected recipe", lines=12)},
+    "editor": {"text": FormField("Settings of the recipe", lines=12)},
     "train": {"resume": None},
     "search": {"budget": FormField("Time of the search"), "out": None},
     "eval": {},
@@ -139,7 +143,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "web": {"adapter": FormField("Compare with another run", default="none")},
     "predict": {
         "images": FormField("Or a file or folder in the workspace", "photos"),
-        "prompt": FormField("Prompt", "Read the ticket."),
+        "prompt": FormField("Question for each image", "Read the ticket."),
         "out": FormField("Name of the table", folder="answers"),
         **dict.fromkeys(("data", "draw", "pages")),
     },
@@ -221,12 +225,14 @@ def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
             continue
         field = field or FormField()
         if parameter is not None:
-            field = _describe_parameter(parameter, field, runs)
+            field = _describe_parameter(form, parameter, field, runs)
         fields.append(replace(field, name=f"{form}:{name}"))
     return fields
 
 
-def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[str]) -> FormField:
+def _describe_parameter(
+    form: str, parameter: Parameter, field: FormField, runs: Sequence[str]
+) -> FormField:
     """Complete a field by the type of its parameter, and without a label by its description."""
     default, is_flag = parameter.default, parameter.kind == "flag"
     is_run = parameter.metavar == "RUN"
@@ -242,13 +248,15 @@ def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[s
         is_advanced = field.is_advanced or (is_run and not runs)
         return replace(field, choices=choices, parameter=parameter, is_advanced=is_advanced)
     shown = "" if is_flag or default in (None, ()) else str(default)
+    hint = OPTION_HINTS.get(f"{form}:{parameter.name}") or OPTION_HINTS.get(parameter.name)
     return FormField(
-        label=parameter.name.replace("_", " ").capitalize(),
+        # An option of a plug-in or a later command has no label yet.
+        label=OPTION_LABELS.get(parameter.name, parameter.name.replace("_", " ").capitalize()),
         placeholder=shown,
         value=field.value,
         choices=choices,
         default=shown,
-        hint=parameter.help,
+        hint=hint or parameter.help,
         is_advanced=True,
         parameter=parameter,
     )
@@ -284,7 +292,7 @@ JOB_TITLES = {
     "predict": "Reading of images",
     "serve": "Server",
     "merge": "Merged model",
-    "export": "Export",
+    "export": "Model for other programs",
 }
 """Name of each command on the page."""
 
@@ -389,6 +397,11 @@ class RunCard:
         row = self.verdict.primary_row
         return format_metric_name(row.name) if row else ""
 
+    @property
+    def explanation(self) -> str:
+        """Translated explanation of the primary metric; empty without one."""
+        return explain_metric(self.verdict)
+
 
 @dataclass(frozen=True, slots=True)
 class ListedRun:
@@ -481,6 +494,7 @@ class StudioView:
         is_running_server = job is not None and job.is_server and status == "running"
         outcome = job.read_outcome() if job else None
         error = outcome.error if outcome and status == "failed" else None
+        result = outcome.result if outcome and status == "finished" else {}
         meaning = "ended without a result, often for lack of memory" if status == "killed" else ""
         if job is not None and outcome is not None and status != "failed":
             meaning = OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
@@ -498,6 +512,8 @@ class StudioView:
             "error": describe_error(UserError(**dict(error)), name_actions) if error else "",
             "proposals": self.list_proposals(state),
             "outcome": meaning,
+            "sentences": describe_result(job, result) if job else [],
+            "commands": list_commands(job, result) if job else {},
             "warning": self._warn_of_few_samples(state),
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder.name,
@@ -506,6 +522,8 @@ class StudioView:
             "num_first_runs": NUM_FIRST_RUNS,
             "find_image": self.find_image,
             "verdict": self.judge(state),
+            "explain_metric": explain_metric,
+            "is_good": self._is_good(state),
             "num_unlisted_runs": max(0, len(state.content.runs) - MAX_LISTED_RUNS),
             "charts": self._build_charts(state),
             "page": self._find_page(state),
@@ -568,6 +586,12 @@ class StudioView:
         if state.job is not None and state.job.status == "running":
             return None
         return judge_run(self._read_run(state.run, MAX_SELECTED_BYTES), run=state.run)
+
+    def _is_good(self, state: StudioState) -> bool:
+        """Return whether the selected run is better than its model, and can be used."""
+        verdict = self.judge(state)
+        is_better = verdict is not None and verdict.level == "better"
+        return is_better and bool(self._find_next_step(state))
 
     def _uses_tiny_model(self, state: StudioState) -> bool:
         """Return whether the selected run, or a training that the page starts, uses finesight-tiny.
@@ -824,6 +848,20 @@ def _read_image(workspace: Workspace, file: Path, version: int) -> str:
     from finesight.app.thumbnail import make_thumbnail  # slow to import
 
     return str(workspace.run_job(make_thumbnail, workspace.folder, file))
+
+
+def explain_metric(verdict: RunVerdict) -> str:
+    """Return the translated explanation of the primary metric; empty without one."""
+    row = verdict.primary_row
+    if row is None:
+        return ""
+    score = get_score(row.name)
+    scale = translate("Lower is better.")
+    if not score.lower_is_better:
+        scale = translate("From 0 to {:g}; higher is better.", score.maximum)
+    if not score.description:
+        return f"{translate(score.title)}: {scale}"
+    return f"{translate(score.title)}: {translate(score.description)}. {scale}"
 
 
 def name_job(job: Job) -> str:

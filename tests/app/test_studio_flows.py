@@ -76,7 +76,7 @@ class StudioDriver:
 
     def open(self, step: str, lang: str = "en") -> None:
         self.browser.visit(f"{self.address}/?step={step}&lang={lang}")
-        self.wait_for("document.querySelector('#top nav')")
+        self.wait_for("document.querySelector('nav.steps')")
         self.check()
 
     def reload(self, state: str) -> None:

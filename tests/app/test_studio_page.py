@@ -877,8 +877,8 @@ def test_reviewed_labels_replace_those_of_the_data_set(folder, page, started):
     for name in names.values():
         assert (str(files[name].train_file), str(files[name].eval_file)) == pair
         assert (files[name].num_train, files[name].num_eval) == (18, 6)
-    top = read_live(folder, "step=label&data=data/a")["top"]
-    links = map(html.unescape, re.findall(r'<li><a href="./\?(.*?)"', top))
+    side = read_live(folder, "step=label&data=data/a")["side"]
+    links = map(html.unescape, re.findall(r'<li[^>]*><a href="./\?(.*?)"', side))
     selected = {query["step"]: query["data"] for query in map(dict, map(parse_qsl, links))}
     assert selected["label"] == "data/a"
     assert selected["plan"] in names.values()

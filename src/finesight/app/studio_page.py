@@ -680,7 +680,7 @@ class StudioPage:
                     f"the run reads the labels of {job.out}, whose labelling page is open",
                     where=str(recipe),
                     expected="data that do not change",
-                    remedy="stop it under “Also running”",
+                    remedy="stop it under “Running”",
                 )
 
     def _start(

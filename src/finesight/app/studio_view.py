@@ -23,6 +23,7 @@ from finesight.app.job_results import describe_result, list_commands
 from finesight.app.jobs import Job, JobStore
 from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
 from finesight.app.pages import describe_error
+from finesight.app.studio_side import RunningJob, describe_running, find_step_states
 from finesight.app.workspace import (
     DATA_FILES,
     Workspace,
@@ -507,7 +508,8 @@ class StudioView:
             "content": state.content,
             "job": job,
             "status": status,
-            "running": [one for one in self.jobs.list_running() if not job or one.id != job.id],
+            "running": self._list_running(state),
+            "step_states": find_step_states(STEPS, selection.step, self._list_done_steps(state)),
             "log": job.read_log() if job else "",
             "error": describe_error(UserError(**dict(error)), name_actions) if error else "",
             "proposals": self.list_proposals(state),
@@ -586,6 +588,34 @@ class StudioView:
         if state.job is not None and state.job.status == "running":
             return None
         return judge_run(self._read_run(state.run, MAX_SELECTED_BYTES), run=state.run)
+
+    def _list_running(self, state: StudioState) -> list[RunningJob]:
+        """Return the running commands with their progress."""
+        running: list[RunningJob] = []
+        for job in self.jobs.list_running():
+            status = None
+            run = self.find_run(Path(job.target)) if job.arguments[0] == "train" else None
+            if run in state.content.runs:
+                status = self.read_status(run)
+            running.append(describe_running(job, status))
+        return running
+
+    def _list_done_steps(self, state: StudioState) -> list[str]:
+        """Return the steps whose result exists for the selected items."""
+        dataset, run = state.dataset, state.run
+        is_trained = run is not None and self.read_status(run).kind == "finished"
+        used = {job.step for job in self.jobs.list_jobs(target=str(run or ""))}
+        has_result = {
+            "data": dataset is not None,
+            "label": dataset is not None,
+            "check": dataset is not None and (self.workspace.folder / dataset.check_page).is_file(),
+            "plan": state.recipe is not None,
+            "train": is_trained,
+            "results": is_trained,
+            "chat": "chat" in used,
+            "export": "export" in used,
+        }
+        return [step for step in STEPS if has_result[step]]
 
     def _is_good(self, state: StudioState) -> bool:
         """Return whether the selected run is better than its model, and can be used."""

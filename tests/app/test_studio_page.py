@@ -545,6 +545,15 @@ def test_cards_show_an_image_of_the_workspace(folder, tmp_path):
                 answer.headers["content-type"]
             )
         unknown = client.get("/view/image?data=../../etc")
+        assert answer.headers["cache-control"].startswith("private")
+        # A null byte in the name of an image, and folders that are no data sets.
+        record = (folder / "data/a/data.jsonl").read_text().splitlines()[0]
+        broken = re.sub('"image": *"[^"]*"', '"image": "a\\\\u0000.png"', record)
+        assert broken != record
+        write_file(folder / "data/c/data.jsonl", f"{broken}\n".encode())
+        for query in ("data=data/c", "data=photos", "run=photos", "data=.finesight", "data=%00"):
+            answer = client.get(f"/view/image?{query}")
+            assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
     assert unknown.headers["content-type"] == "image/svg+xml"
     assert sorted(types.values()) == ["image/png", "image/png", "image/svg+xml"]
 
@@ -669,6 +678,23 @@ def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query,
     message = click_button(page, button, query if "lang" in query else f"{query}&lang=en", *values)
     assert problem in message
     assert not re.search("finesight import|null", message)
+
+
+def test_sample_project_is_drawn_and_imported(folder, page, started, monkeypatch):
+    monkeypatch.setattr(studio_page, "NUM_TICKETS", 6)
+    monkeypatch.setattr(studio_page, "NUM_EVAL_TICKETS", 2)
+    for name in ("tickets", "tickets-2"):
+        assert click_button(page, "sample", "step=data&lang=zh") == ""
+        words = started.pop()
+        assert words[:3] == ["import", f"uploads/{name}/tickets.csv", f"data/{name}"]
+        assert "Read the ticket." in words
+        assert len([*(folder / f"uploads/{name}/images").iterdir()]) == 6
+        # It can be deleted with its data set.
+        assert (folder / f"uploads/{name}" / UPLOAD_MARKER).is_file()
+        with contextlib.chdir(folder):
+            assert run_command(words) == 0
+    (first, second) = Workspace(folder).scan().datasets
+    assert {(one.num_train, one.num_eval) for one in (first, second)} == {(4, 2)}
 
 
 def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):

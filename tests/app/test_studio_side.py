@@ -67,6 +67,9 @@ def test_running_commands_are_on_every_page(folder, step):
     assert "6 / 24 about 120 min left" not in side
     assert "6 / 24 about 2 h 00 min left" in side
     assert 'value="6" max="24"' in side
+    # Labelling belongs to no item before its data set exists.
+    write_job(folder, "label", "label tiny photos --out data/mugs", name="3", exit_code=None)
+    assert re.search(r"Labelling page mugs</a>", read_side(folder, f"step={step}"))
     link = re.findall(r'href="([^"]*job=2[^"]*)"', side)
     assert link
     assert all("step=chat" in one for one in link)

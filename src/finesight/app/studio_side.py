@@ -47,6 +47,11 @@ class RunningJob:
     remaining_s: float | None = None
 
     @property
+    def item(self) -> str:
+        """Item of the command: that of its page, or for labelling the new data set."""
+        return self.job.target or self.job.out
+
+    @property
     def remaining_text(self) -> str:
         """Translated remaining time; empty if unknown."""
         if self.remaining_s is None:

@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import shlex
-from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -53,7 +52,6 @@ from finesight.report.summary import (
     get_model_name,
     get_run_status,
 )
-from finesight.worker_pool import WorkerLostError
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -93,7 +91,7 @@ class FormField:
 
 FORMS: dict[str, Mapping[str, FormField | None]] = {
     "import": {
-        "source": FormField("Or a file or folder in the workspace", "photos"),
+        "source": FormField("File or folder in the workspace", "photos"),
         "out": FormField("Name of the data set", "tickets", folder="data"),
         "prompt": FormField("Question for each image", "Read the ticket."),
         "columns": FormField(
@@ -329,8 +327,6 @@ A page reads those of all listed runs. Of larger ones, the middle is left out.
 MAX_LISTED_RUNS = 200
 NUM_FIRST_RUNS = 8
 """Number of runs that a page lists, and of those that it shows before *More runs*."""
-
-EMPTY_IMAGE = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 5"/>'
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
@@ -777,32 +773,6 @@ class StudioView:
         version = max(_read_times(self.workspace.folder / path, *names))
         return "view/image?" + urlencode({kind: str(path), "version": version})
 
-    def read_image(self, params: Mapping[str, str]) -> tuple[bytes, str]:
-        """Return the first image of a data set or a run, and its media type.
-
-        Without one in the workspace, it is an empty drawing, since a card needs no image.
-        """
-        with contextlib.suppress(UserError, OSError, WorkerLostError):
-            file = self._find_samples(params)
-            if file is not None and self.workspace.contains(file):
-                url = _read_image(self.workspace, file, file.stat().st_mtime_ns)
-                media_type, _, content = url.removeprefix("data:").partition(";base64,")
-                return b64decode(content), media_type
-        return EMPTY_IMAGE, "image/svg+xml"
-
-    def _find_samples(self, params: Mapping[str, str]) -> Path | None:
-        """Return the data file of a listed data set or run; None for an unknown one."""
-        content = self.workspace.scan()
-        name = params.get("data")
-        dataset = next((one for one in content.datasets if str(one.path) == name), None)
-        if dataset is not None:
-            return self.workspace.folder / dataset.train_file
-        run = next((one for one in content.runs if str(one) == params.get("run")), None)
-        if run is None:
-            return None
-        data = self.workspace.load_recipe(run / RECIPE_FILE).data
-        return self.workspace.folder / (*data.eval, *data.train)[0].path
-
     def _read_run(self, run: Path, max_bytes: int = 0) -> RunRecord:
         """Read a run, unless it has not changed since the last time.
 
@@ -870,14 +840,6 @@ def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> ListedRun:
         guard={},
     )
     return ListedRun(listed, build_sparkline(record.steps))
-
-
-@lru_cache(maxsize=500)
-def _read_image(workspace: Workspace, file: Path, version: int) -> str:
-    """Return the first image of a data file as a data URL."""
-    from finesight.app.thumbnail import make_thumbnail  # slow to import
-
-    return str(workspace.run_job(make_thumbnail, workspace.folder, file))
 
 
 def explain_metric(verdict: RunVerdict) -> str:

@@ -62,7 +62,7 @@ def test_memory_is_that_of_the_largest_gpu(tmp_path, monkeypatch, program, visib
         file.write_text(f"#!/bin/sh\n{program}\n")
         file.chmod(0o700)
     monkeypatch.setattr(model_cards, "QUERY_GPUS", (str(file),))
-    monkeypatch.setattr(model_cards, "_found_gpus", [])
+    monkeypatch.setattr(model_cards, "found_gpus", [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -72,7 +72,7 @@ def test_memory_is_that_of_the_largest_gpu(tmp_path, monkeypatch, program, visib
 def test_failed_query_is_repeated(tmp_path, monkeypatch):
     file = tmp_path / "nvidia-smi"
     monkeypatch.setattr(model_cards, "QUERY_GPUS", (str(file),))
-    monkeypatch.setattr(model_cards, "_found_gpus", [])
+    monkeypatch.setattr(model_cards, "found_gpus", [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert find_gpu_memory() == 0
     file.write_text("#!/bin/sh\necho 24564, 0, GPU-a, Disabled\n")

@@ -161,13 +161,13 @@ def find_gpu_memory() -> float:
 
 def _query_gpus() -> Sequence[str]:
     """Return the lines of the query. A failure is not cached, since a driver may start later."""
-    if not _found_gpus:
+    if not found_gpus:
         with suppress(OSError, subprocess.SubprocessError):
             answer = subprocess.run(
                 QUERY_GPUS, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True
             )
-            _found_gpus.extend(answer.stdout.splitlines())
-    return _found_gpus
+            found_gpus.extend(answer.stdout.splitlines())
+    return found_gpus
 
 
-_found_gpus: list[str] = []
+found_gpus: list[str] = []

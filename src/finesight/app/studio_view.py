@@ -232,7 +232,7 @@ def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
 def _describe_parameter(
     form: str, parameter: Parameter, field: FormField, runs: Sequence[str]
 ) -> FormField:
-    """Complete a field by the type of its parameter, and without a label by its description."""
+    """Complete a field by its parameter, and without a label by its texts."""
     default, is_flag = parameter.default, parameter.kind == "flag"
     is_run = parameter.metavar == "RUN"
     choices: Sequence[str]

@@ -23,9 +23,12 @@ EMPTY_IMAGE = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 5"/>'
 
 
 def read_thumbnail(workspace: Workspace, params: Mapping[str, str]) -> tuple[bytes, str]:
-    """Return the first image of a data set (`data`) or a run (`run`), and its media type.
+    """Return the first image of a data set or a run, and its media type.
 
     Without one in the workspace, it is an empty drawing, since a card needs no image.
+
+    Args:
+        params: Path of the data set as `data`, or of the run as `run`.
     """
     with contextlib.suppress(UserError, OSError, WorkerLostError):
         file = _find_samples(workspace, params)
@@ -38,7 +41,7 @@ def read_thumbnail(workspace: Workspace, params: Mapping[str, str]) -> tuple[byt
 
 
 def _find_samples(workspace: Workspace, params: Mapping[str, str]) -> Path | None:
-    """Return the data file of a data set or a run; None for an unknown one.
+    """Return the data file of a data set or a run.
 
     Only the named folder is read: a page has an image for each of many items.
     """
@@ -53,7 +56,7 @@ def _find_samples(workspace: Workspace, params: Mapping[str, str]) -> Path | Non
 
 @lru_cache(maxsize=500)
 def _read_version(workspace: Workspace, file: Path, version: int) -> str:
-    """Return the first image of a version of a data file as a data URL; empty without one."""
+    """Return the first image of a data file as a data URL; empty without one."""
     try:
         return str(workspace.run_job(make_thumbnail, workspace.folder, file))
     except UserError:

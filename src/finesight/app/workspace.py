@@ -707,7 +707,7 @@ def _join_review(
 
 
 def draw_sample(state: object, folder: Path, num_images: int) -> JobOutput:
-    """Draw train tickets with their table in a worker process, and return the name of the table."""
+    """Draw train tickets in a worker process, and return the name of their table."""
     from finesight.synth.tickets import write_tickets
 
     return JobOutput(write_tickets(folder, num_images, seed=0).name)

@@ -275,7 +275,10 @@ def _print_outcome(outcome: Outcome[object], *, as_json: bool) -> None:
 
 
 def select_result(data: object) -> object:
-    """Return the data of a result for a report; empty for a list of records and large ones."""
+    """Return the data of a result for a report.
+
+    It is empty for a list of records and for large data.
+    """
     if isinstance(data, dict):
         text = _format_json(data)
         if len(text) <= MAX_RESULT_CHARS:

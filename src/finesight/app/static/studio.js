@@ -25,7 +25,8 @@ const findLog = () => document.querySelector(".log");
 const show = (page) => {
   const log = findLog();
   const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
-  for (const id of page ? ["side", "top", "bottom"] : []) update(byId(id), page.querySelector(`#${id}`));
+  for (const id of page ? ["side", "top", "bottom"] : [])
+    update(byId(id), page.querySelector(`#${id}`));
   if (findLog() && (isAtEnd || !page)) findLog().scrollTop = findLog().scrollHeight;
   // Actions apply to the items in the URL, which are those that the page shows.
   const shown = byId("top").dataset;

@@ -44,11 +44,12 @@ def make_page(folder: Path, **options: Any) -> StudioPage:
 
 
 def read_live(folder: Path, query: str) -> dict[str, str]:
-    """Return the URL and the shown HTML (`top`, `bottom`) of a step."""
+    """Return the URL and the shown HTML (`side`, `top`, `bottom`) of a step."""
     with open_client(folder) as client:
         page = compact(client.get(f"/?{query}").text)
     parts = re.split('<div id="(?:top" data-url="(.*?)"[^>]*|message"[^>]*|bottom")>', page)
-    return {"url": html.unescape(parts[1]), "top": parts[2], "bottom": parts[-1]}
+    side = parts[0].partition('<div id="side">')[2]
+    return {"side": side, "url": html.unescape(parts[1]), "top": parts[2], "bottom": parts[-1]}
 
 
 def write_job(

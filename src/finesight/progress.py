@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finesight.errors import escape_unprintable
@@ -23,6 +25,33 @@ MAX_LOG_LINES = 20
 
 LOG_INTERVAL_S = 10.0
 """Minimum seconds between two lines of a stage when the output is not a terminal."""
+
+
+_STAGE_LINE = re.compile(r"^[^\n]*: (\d+)/(\d+)(?:, (\d+) s left)?$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """Progress of a stage, as a line of the console states it.
+
+    Attributes:
+        remaining_s: Estimated remaining seconds; None if unknown.
+    """
+
+    num_done: int
+    total: int
+    remaining_s: float | None
+
+
+def find_progress(log: str) -> StageProgress | None:
+    """Return the progress of the last stage in an output; None without an unfinished one."""
+    lines = _STAGE_LINE.findall(log)
+    if not lines:
+        return None
+    num_done, total, remaining = lines[-1]
+    if num_done == total:
+        return None
+    return StageProgress(int(num_done), int(total), float(remaining) if remaining else None)
 
 
 class ProgressConsole:

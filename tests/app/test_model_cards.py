@@ -38,24 +38,43 @@ def test_minutes_are_those_of_the_usual_duration():
     assert MODEL_CARDS[0].download_gb == 0
 
 
+FIRST, SECOND = 24564 * 2**20 / 1e9, 8188 * 2**20 / 1e9
+BOTH = "echo 24564, 0, GPU-a, {mode}; echo 8188, 1, GPU-b, [N/A]"
+
+
 @pytest.mark.parametrize(
-    ("program", "expected"),
+    ("program", "visible", "expected"),
     [
-        ("echo 24564; echo 8188", 24564 * 2**20 / 1e9),
-        ("echo N/A; echo 8188", 8188 * 2**20 / 1e9),
-        ("echo N/A", 0),
-        ("exit 9", 0),
-        (None, 0),
+        (BOTH, None, FIRST),
+        (BOTH, "1", SECOND),
+        (BOTH, "GPU-a,1", FIRST),
+        (BOTH, "", 0),
+        (BOTH.format(mode="Enabled"), None, SECOND),
+        ("echo N/A, 0, GPU-a, Disabled; echo 8188, 1, GPU-b, Disabled", None, SECOND),
+        ("echo N/A", None, 0),
+        ("exit 9", None, 0),
+        (None, None, 0),
     ],
 )
-def test_memory_is_that_of_the_largest_gpu(tmp_path, monkeypatch, program, expected):
+def test_memory_is_that_of_the_largest_gpu(tmp_path, monkeypatch, program, visible, expected):
     file = tmp_path / "nvidia-smi"
     if program is not None:
         file.write_text(f"#!/bin/sh\n{program}\n")
         file.chmod(0o700)
     monkeypatch.setattr(model_cards, "QUERY_GPUS", (str(file),))
-    find_gpu_memory.cache_clear()
-    try:
-        assert find_gpu_memory() == expected
-    finally:
-        find_gpu_memory.cache_clear()
+    monkeypatch.setattr(model_cards, "found_gpus", [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert find_gpu_memory() == expected
+
+
+def test_failed_query_is_repeated(tmp_path, monkeypatch):
+    file = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(model_cards, "QUERY_GPUS", (str(file),))
+    monkeypatch.setattr(model_cards, "found_gpus", [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert find_gpu_memory() == 0
+    file.write_text("#!/bin/sh\necho 24564, 0, GPU-a, Disabled\n")
+    file.chmod(0o700)
+    assert find_gpu_memory() == FIRST

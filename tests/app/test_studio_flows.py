@@ -76,7 +76,7 @@ class StudioDriver:
 
     def open(self, step: str, lang: str = "en") -> None:
         self.browser.visit(f"{self.address}/?step={step}&lang={lang}")
-        self.wait_for("document.querySelector('#top nav')")
+        self.wait_for("document.querySelector('nav.steps')")
         self.check()
 
     def reload(self, state: str) -> None:
@@ -165,6 +165,65 @@ def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -
     studio.wait_for("document.querySelector('.job code')?.textContent.includes('uploads/')")
     studio.wait_for_job("finished")
     studio.reload("document.querySelector('.item .name')?.textContent === 'uploaded'")
+
+
+DROP_SCRIPT = """
+const files = new DataTransfer();
+for (const name of ["cells.csv", "a.png"]) files.items.add(new File(["x"], name));
+const zone = document.querySelector(".drop");
+const event = new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: files });
+zone.dispatchEvent(event);
+return event.defaultPrevented;
+"""
+
+
+def test_chosen_files_are_shown_before_they_are_sent(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    draw_dots(folder / "images", 3)
+    for file in (folder / "images").iterdir():
+        file.rename(file.with_name(f"mugs_{file.name}"))
+    studio.open("data")
+    primary = "[...document.querySelectorAll('#new-data .primary')].map((x) => x.innerText).join()"
+    browser.messages()
+    browser.requests()
+    studio.upload(sorted((folder / "images").iterdir()))
+    studio.wait_for("document.querySelectorAll('#thumbnails img').length === 3")
+    studio.wait_for(
+        "[...document.querySelectorAll('#thumbnails img')].every((x) => x.naturalWidth)"
+    )
+    (chosen,) = browser.read_texts("#chosen")
+    assert chosen.startswith("Images: 3. Other files: 0.")
+    assert browser.run("return document.getElementById('import:out').value;") == "mugs"
+    assert browser.run(f"return {primary};") == "Continue to labelling"
+    assert browser.run(MAIN_BUTTONS_SCRIPT) == ["Continue to labelling"]
+    assert [url for url in browser.requests() if "uploads" in url] == []
+    assert not (folder / "uploads").exists()
+    assert browser.find_layout_problems() == []
+    # Dropped files replace the chosen ones.
+    assert browser.run(DROP_SCRIPT)
+    studio.wait_for("document.querySelector('#chosen').innerText.startsWith('Images: 1. Other')")
+    assert browser.run("return document.getElementById('import:out').value;") == "cells"
+    assert browser.run(f"return {primary};") == "Preview"
+    # A name of the user stays.
+    studio.fill("import", out="mine")
+    studio.upload(sorted((folder / "images").iterdir()))
+    assert browser.run("return document.getElementById('import:out').value;") == "mine"
+    browser.run("document.querySelector('button[data-prompt][data-kind=classes]').click();")
+    studio.click("preview")
+    studio.wait_for("location.search.includes('step=label')")
+    assert "uploads%2Fmine" in browser.run("return location.search;")
+    studio.check()
+
+
+def test_sample_project_is_one_click(folder: Path, studio: StudioDriver) -> None:
+    studio.open("data")
+    studio.click("sample")
+    studio.wait_for("document.querySelector('.job .chip')")
+    studio.wait_for_job("finished")
+    studio.wait_for("document.querySelector('.item .name')?.textContent === 'tickets'")
+    studio.wait_for("document.querySelector('.result')?.innerText.startsWith('500 samples')")
+    studio.check()
 
 
 def test_previewed_roles_are_imported(folder: Path, studio: StudioDriver, browser: Browser) -> None:
@@ -339,5 +398,9 @@ def test_every_step_fits_and_is_accessible_in_both_languages(
         chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
         assert chinese == (texts if lang == "zh" else []), step
         assert len(browser.run(MAIN_BUTTONS_SCRIPT)) == 1, step
+        # Also with each folded form, of which one is open at a time.
+        for index in range(browser.count("main > details > summary")):
+            browser.run(f"document.querySelectorAll('main > details > summary')[{index}].click();")
+            assert len(browser.run(MAIN_BUTTONS_SCRIPT)) == 1, (step, index)
         assert browser.find_layout_problems() == [], (step, lang)
         studio.check()

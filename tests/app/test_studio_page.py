@@ -502,7 +502,7 @@ def test_labelling_needs_no_run(folder, page, started):
         assert "自动检测" in page.render(Selection(step="label"))
     for run, needs_prompt in (("", False), ("-", True)):
         text = page.render(Selection.parse({"step": "label", "run": run}, "en"))
-        assert ("Prompt (required)" in text) == needs_prompt
+        assert ("(required)" in text) == needs_prompt
     shown = read_live(folder, "step=label&lang=en")["top"]
     [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
     query = urlsplit(html.unescape(link)).query
@@ -545,6 +545,15 @@ def test_cards_show_an_image_of_the_workspace(folder, tmp_path):
                 answer.headers["content-type"]
             )
         unknown = client.get("/view/image?data=../../etc")
+        assert answer.headers["cache-control"].startswith("private")
+        # A null byte in the name of an image, and folders that are no data sets.
+        record = (folder / "data/a/data.jsonl").read_text().splitlines()[0]
+        broken = re.sub('"image": *"[^"]*"', '"image": "a\\\\u0000.png"', record)
+        assert broken != record
+        write_file(folder / "data/c/data.jsonl", f"{broken}\n".encode())
+        for query in ("data=data/c", "data=photos", "run=photos", "data=.finesight", "data=%00"):
+            answer = client.get(f"/view/image?{query}")
+            assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
     assert unknown.headers["content-type"] == "image/svg+xml"
     assert sorted(types.values()) == ["image/png", "image/png", "image/svg+xml"]
 
@@ -671,6 +680,23 @@ def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query,
     assert not re.search("finesight import|null", message)
 
 
+def test_sample_project_is_drawn_and_imported(folder, page, started, monkeypatch):
+    monkeypatch.setattr(studio_page, "NUM_TICKETS", 6)
+    monkeypatch.setattr(studio_page, "NUM_EVAL_TICKETS", 2)
+    for name in ("tickets", "tickets-2"):
+        assert click_button(page, "sample", "step=data&lang=zh") == ""
+        words = started.pop()
+        assert words[:3] == ["import", f"uploads/{name}/tickets.csv", f"data/{name}"]
+        assert "Read the ticket." in words
+        assert len([*(folder / f"uploads/{name}/images").iterdir()]) == 6
+        # It can be deleted with its data set.
+        assert (folder / f"uploads/{name}" / UPLOAD_MARKER).is_file()
+        with contextlib.chdir(folder):
+            assert run_command(words) == 0
+    (first, second) = Workspace(folder).scan().datasets
+    assert {(one.num_train, one.num_eval) for one in (first, second)} == {(4, 2)}
+
+
 def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):
     add_run(folder)
     write_recipe(folder, "a", "a.jsonl")
@@ -750,7 +776,7 @@ def test_plan_of_the_page_is_that_of_one_gpu_by_default():
     assert field.parameter is not None
     assert field.parameter.minimum == 1
     with use_language("zh"):
-        assert "GPU 的数量" in translate(field.hint)
+        assert translate(field.label) == "GPU 数量"
 
 
 def test_advice_after_training_is_followed_by_buttons(folder, page):
@@ -877,8 +903,8 @@ def test_reviewed_labels_replace_those_of_the_data_set(folder, page, started):
     for name in names.values():
         assert (str(files[name].train_file), str(files[name].eval_file)) == pair
         assert (files[name].num_train, files[name].num_eval) == (18, 6)
-    top = read_live(folder, "step=label&data=data/a")["top"]
-    links = map(html.unescape, re.findall(r'<li><a href="./\?(.*?)"', top))
+    side = read_live(folder, "step=label&data=data/a")["side"]
+    links = map(html.unescape, re.findall(r'<li[^>]*><a href="./\?(.*?)"', side))
     selected = {query["step"]: query["data"] for query in map(dict, map(parse_qsl, links))}
     assert selected["label"] == "data/a"
     assert selected["plan"] in names.values()

@@ -518,7 +518,10 @@ class ThumbnailMaker:
             side: Maximum width and height on the page.
         """
         name = _shorten(path.name, MAX_LABEL_CHARS)
-        file = Path(os.path.realpath(get_file(path)))
+        try:
+            file = Path(os.path.realpath(get_file(path)))
+        except ValueError:  # a null byte
+            return PreviewImage(name=name, problem="invalid file name")
         if not any(file.is_relative_to(folder) for folder in self.folders):
             return PreviewImage(name=name, problem="outside of the workspace")
         try:

@@ -74,11 +74,16 @@ class ErrorParts(BaseModel, frozen=True):
 
 
 class JobOutcome(BaseModel, frozen=True):
-    """Outcome of a command."""
+    """Outcome of a command.
+
+    Attributes:
+        result: Data of its result; empty for a command without any, or with large ones.
+    """
 
     exit_code: int
     error: ErrorParts | None = None
     next_steps: tuple[Step, ...] = ()
+    result: dict[str, Any] = {}
 
 
 class Job(BaseModel, frozen=True):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 
 from finesight.model_folder import TINY_MODEL
 from finesight.settings.recipe_template import choose_batch_size, choose_duration
 
-QUERY_GPUS = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+QUERY_GPUS = (
+    "nvidia-smi",
+    "--query-gpu=memory.total,index,uuid,mig.mode.current",
+    "--format=csv,noheader,nounits",
+)
 QUERY_TIMEOUT_S = 10.0
 
 
@@ -139,15 +143,31 @@ MODEL_CARDS = (
 slowest GPU of each memory size."""
 
 
-@cache
 def find_gpu_memory() -> float:
-    """Return the memory of the largest NVIDIA GPU in 10^9 bytes; 0 without one."""
+    """Return the memory of the largest usable NVIDIA GPU in 10^9 bytes; 0 without one.
+
+    A GPU in MIG mode counts as none, because the query does not state the sizes of its parts.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     sizes = [0.0]
-    with suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(
-            QUERY_GPUS, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True
-        )
-        for line in answer.stdout.splitlines():
+    for line in _query_gpus():
+        size, index, uuid, mig_mode = (*(word.strip() for word in line.split(",")), "", "", "")[:4]
+        is_visible = visible is None or not {index, uuid}.isdisjoint(visible.split(","))
+        if is_visible and mig_mode != "Enabled":
             with suppress(ValueError):  # N/A for a GPU without memory of its own
-                sizes.append(float(line) * 2**20 / 1e9)
+                sizes.append(float(size) * 2**20 / 1e9)
     return max(sizes)
+
+
+def _query_gpus() -> Sequence[str]:
+    """Return the lines of the query. A failure is not cached, since a driver may start later."""
+    if not found_gpus:
+        with suppress(OSError, subprocess.SubprocessError):
+            answer = subprocess.run(
+                QUERY_GPUS, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True
+            )
+            found_gpus.extend(answer.stdout.splitlines())
+    return found_gpus
+
+
+found_gpus: list[str] = []

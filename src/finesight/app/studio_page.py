@@ -52,6 +52,7 @@ from finesight.app.studio_view import (
     build_missing_error,
     name_actions,
 )
+from finesight.app.thumbnail import read_thumbnail
 from finesight.app.workspace import as_argument
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.files.storage import temporary_folder, translate_os_errors
@@ -60,9 +61,10 @@ from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.evaluation import ANSWER_FILES
 from finesight.operations.operation import Parameter, list_words
-from finesight.report.i18n import get_language
+from finesight.report.i18n import get_language, translate
 from finesight.samples.image_file import IMAGE_SUFFIXES
 from finesight.serve.http_protocol import bind_socket
+from finesight.synth.tickets import TICKET_FIELDS
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
 
@@ -70,6 +72,9 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
 
 Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 Name = Annotated[str, Field(max_length=64)]
+
+# The URL of an image has the version of its file.
+IMAGE_HEADERS = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
 
 MAX_VIEW_JOBS = 2
 """Maximum number of reports that are rendered at the same time."""
@@ -97,14 +102,27 @@ DELETE_REMEDIES = {
 FIELDS_KIND = "fields"
 
 QUESTIONS = (
-    ("Describe images", "Describe the image.", "text"),
-    ("Read text", "Read the text.", "text"),
-    ("Read fields", "Read the fields as JSON.", FIELDS_KIND),
-    ("Find objects", "", "boxes"),
-    ("Classify", "Which class does the image show?", "classes"),
-    ("Answer questions", "", "text"),
+    ("Describe images", "Describe the image.", "text", "describe"),
+    ("Read text", "Read the text.", "text", "text"),
+    ("Read fields", "Read the fields as JSON.", FIELDS_KIND, "fields"),
+    ("Find objects", "", "boxes", "boxes"),
+    ("Classify", "Which class does the image show?", "classes", "classes"),
+    ("Answer questions", "", "text", "questions"),
 )
-"""Tasks with a proposed prompt and the kind of answers to label; no prompt for own questions."""
+"""Tasks with a proposed prompt, the kind of answers to label, and a drawing of the page.
+
+Own questions have no proposed prompt.
+"""
+
+SOURCES = (
+    ("images", "Images without answers", "Label some of them in the next step."),
+    ("labels", "Images with answers", "A table, JSON, captions, boxes or folders of classes."),
+)
+"""What a user has: a drawing of the page, with a title and an explanation."""
+
+SAMPLE_NAME = "tickets"
+NUM_TICKETS, NUM_EVAL_TICKETS = 600, 100
+"""Number of images of the sample project, and of those for validation."""
 
 
 class Form(BaseModel, frozen=True):
@@ -183,6 +201,7 @@ class StudioPage:
     def __post_init__(self) -> None:
         self.actions = {
             "import": self._import,
+            "sample": self._import_sample,
             "delete": self._delete,
             "label": self._label,
             "review": partial(self._label, review=True),
@@ -226,6 +245,9 @@ class StudioPage:
             others=others,
             digest=digest,
             questions=QUESTIONS,
+            sources=SOURCES,
+            num_tickets=NUM_TICKETS,
+            taken_names=sorted({one.path.name for one in state.content.datasets}),
             model_cards=MODEL_CARDS,
             gpu_gb=find_gpu_memory() if selection.step == "plan" else 0.0,
             num_train=state.dataset.num_train if state.dataset else 0,
@@ -249,7 +271,7 @@ class StudioPage:
         merged = [name for words in merges for name in words[2:3]]
         merged += [str(path) for path in state.content.models if path.parent == Path("models")]
         values["merge:out"] = Path((*merged, state.run or "")[0]).name
-        values["import:out"] = self.view.workspace.find_free_name("data", "data/{}", "uploads/{}")
+        values["import:out"] = self.view.workspace.find_free_name("images", "data/{}", "uploads/{}")
         if state.dataset is not None:
             name, paths = state.dataset.path.name, ("recipes/{}.yaml", "runs/{}")
             values["recipe:name"] = self.view.workspace.find_free_name(name, *paths)
@@ -341,6 +363,20 @@ class StudioPage:
             return self._start(
                 state, "import", arguments, target=target, data=target, form=request.texts
             )
+
+    def _import_sample(self, state: StudioState, form: Form) -> str:
+        """Draw the images of a sample project, and import them."""
+        workspace = self.view.workspace
+        name = workspace.find_free_name(SAMPLE_NAME, "data/{}", "uploads/{}")
+        arguments = {
+            "source": as_argument(workspace.create_sample(name, NUM_TICKETS)),
+            "out": workspace.check_new_name("data", name),
+            "columns": {"image": "image", "fields": ",".join(TICKET_FIELDS)},
+            "prompt": translate("Read the ticket."),
+            "eval_last": NUM_EVAL_TICKETS,
+        }
+        target = str(arguments["out"])
+        return self._start(state, "import", arguments, target=target, data=target)
 
     def preview_import(self, selection: Selection, form: Form) -> dict[str, str]:
         """Render the preview of an import, without a data set.
@@ -680,7 +716,7 @@ class StudioPage:
                     f"the run reads the labels of {job.out}, whose labelling page is open",
                     where=str(recipe),
                     expected="data that do not change",
-                    remedy="stop it under “Also running”",
+                    remedy="stop it under “Running”",
                 )
 
     def _start(
@@ -753,8 +789,9 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     async def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
         if request.path_params["name"] == "image":
-            image, media_type = await image_jobs.run(request, partial(view.read_image, params))
-            return Response(image, media_type=media_type, headers=FILE_HEADERS)
+            read = partial(read_thumbnail, view.workspace, params)
+            image, media_type = await image_jobs.run(request, read)
+            return Response(image, media_type=media_type, headers=IMAGE_HEADERS)
         render = partial(view.read_check_page, selection)
         if request.path_params["name"] == "report":
             values: dict[str, list[str]] = {}

@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import shlex
-from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -19,8 +18,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from finesight.app.job_results import describe_result, list_commands
 from finesight.app.jobs import Job, JobStore
+from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
 from finesight.app.pages import describe_error
+from finesight.app.studio_side import RunningJob, describe_running, find_step_states
 from finesight.app.workspace import (
     DATA_FILES,
     Workspace,
@@ -31,10 +33,9 @@ from finesight.app.workspace import (
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.files.bounded_files import read_text
-from finesight.files.worker_pool import WorkerLostError
 from finesight.ingest.source_options import SourceOptions
 from finesight.launch.launcher_component import LAUNCHERS
-from finesight.metric_components import METRICS
+from finesight.metric_components import METRICS, get_score
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
@@ -70,7 +71,7 @@ class FormField:
     """Field of a form: a text, or a choice of names with a description of the empty one.
 
     Attributes:
-        label: Label; empty for the name of its parameter, with the help of the command as a hint.
+        label: Label; empty for that of its option, with the hint of the option.
         default: Description of the empty choice.
         hint: Description below the field.
         folder: Folder of the workspace in which the text is the name of a new item.
@@ -96,16 +97,18 @@ class FormField:
 
 FORMS: dict[str, Mapping[str, FormField | None]] = {
     "import": {
-        "source": FormField("Or a file or folder in the workspace", "photos"),
+        "source": FormField("File or folder in the workspace", "photos"),
         "out": FormField("Name of the data set", "tickets", folder="data"),
-        "prompt": FormField("Prompt", "Read the ticket."),
-        "columns": FormField("Columns (empty: detected)", "image=path answer=caption"),
+        "prompt": FormField("Question for each image", "Read the ticket."),
+        "columns": FormField(
+            "Columns (empty: detected)", "image=path answer=caption", is_advanced=True
+        ),
         "train_fraction": FormField(value="0.9"),
         "explain": None,
     },
     "label": {
         "sources": FormField("Images to label: a file or folder", "photos"),
-        "prompt": FormField("Prompt", "Read the ticket.", lines=2),
+        "prompt": FormField("Question for each image", "Read the ticket.", lines=2),
         "out": FormField("Name of the data set", value="labels"),
         "run_or_model": FormField("Model without a run", value=TINY_MODEL, is_advanced=True),
         "kind": FormField("Kind of the answers", default="detect automatically"),
@@ -137,7 +140,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
             is_advanced=True,
         ),
     },
-    "editor": {"text": FormField("Selected recipe", lines=12)},
+    "editor": {"text": FormField("Settings of the recipe", lines=12)},
     "train": {"resume": None},
     "search": {"budget": FormField("Time of the search"), "out": None},
     "eval": {},
@@ -145,7 +148,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "web": {"adapter": FormField("Compare with another run", default="none")},
     "predict": {
         "images": FormField("Or a file or folder in the workspace", "photos"),
-        "prompt": FormField("Prompt", "Read the ticket."),
+        "prompt": FormField("Question for each image", "Read the ticket."),
         "out": FormField("Name of the table", folder="answers"),
         **dict.fromkeys(("data", "draw", "pages")),
     },
@@ -227,13 +230,15 @@ def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
             continue
         field = field or FormField()
         if parameter is not None:
-            field = _describe_parameter(parameter, field, runs)
+            field = _describe_parameter(form, parameter, field, runs)
         fields.append(replace(field, name=f"{form}:{name}"))
     return fields
 
 
-def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[str]) -> FormField:
-    """Complete a field by the type of its parameter, and without a label by its description."""
+def _describe_parameter(
+    form: str, parameter: Parameter, field: FormField, runs: Sequence[str]
+) -> FormField:
+    """Complete a field by its parameter, and without a label by its texts."""
     default, is_flag = parameter.default, parameter.kind == "flag"
     is_run = parameter.metavar == "RUN"
     choices: Sequence[str]
@@ -248,13 +253,15 @@ def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[s
         is_advanced = field.is_advanced or (is_run and not runs)
         return replace(field, choices=choices, parameter=parameter, is_advanced=is_advanced)
     shown = "" if is_flag or default in (None, ()) else str(default)
+    hint = OPTION_HINTS.get(f"{form}:{parameter.name}") or OPTION_HINTS.get(parameter.name)
     return FormField(
-        label=parameter.name.replace("_", " ").capitalize(),
+        # An option of a plug-in or a later command has no label yet.
+        label=OPTION_LABELS.get(parameter.name, parameter.name.replace("_", " ").capitalize()),
         placeholder=shown,
         value=field.value,
         choices=choices,
         default=shown,
-        hint=parameter.help,
+        hint=hint or parameter.help,
         is_advanced=True,
         parameter=parameter,
     )
@@ -290,7 +297,7 @@ JOB_TITLES = {
     "predict": "Reading of images",
     "serve": "Server",
     "merge": "Merged model",
-    "export": "Export",
+    "export": "Model for other programs",
 }
 """Name of each command on the page."""
 
@@ -326,8 +333,6 @@ A page reads those of all listed runs. Of larger ones, the middle is left out.
 MAX_LISTED_RUNS = 200
 NUM_FIRST_RUNS = 8
 """Number of runs that a page lists, and of those that it shows before *More runs*."""
-
-EMPTY_IMAGE = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 5"/>'
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
@@ -394,6 +399,11 @@ class RunCard:
         """Display name of the primary metric; empty without one."""
         row = self.verdict.primary_row
         return format_metric_name(row.name) if row else ""
+
+    @property
+    def explanation(self) -> str:
+        """Translated explanation of the primary metric; empty without one."""
+        return explain_metric(self.verdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,6 +497,7 @@ class StudioView:
         is_running_server = job is not None and job.is_server and status == "running"
         outcome = job.read_outcome() if job else None
         error = outcome.error if outcome and status == "failed" else None
+        result = outcome.result if outcome and status == "finished" else {}
         meaning = "ended without a result, often for lack of memory" if status == "killed" else ""
         if job is not None and outcome is not None and status != "failed":
             meaning = OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
@@ -499,11 +510,14 @@ class StudioView:
             "content": state.content,
             "job": job,
             "status": status,
-            "running": [one for one in self.jobs.list_running() if not job or one.id != job.id],
+            "running": self._list_running(state),
+            "step_states": find_step_states(STEPS, selection.step, self._list_done_steps(state)),
             "log": job.read_log() if job else "",
             "error": describe_error(UserError(**dict(error)), name_actions) if error else "",
             "proposals": self.list_proposals(state),
             "outcome": meaning,
+            "sentences": describe_result(job, result) if job else [],
+            "commands": list_commands(job, result) if job else {},
             "warning": self._warn_of_few_samples(state),
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder.name,
@@ -512,6 +526,8 @@ class StudioView:
             "num_first_runs": NUM_FIRST_RUNS,
             "find_image": self.find_image,
             "verdict": self.judge(state),
+            "explain_metric": explain_metric,
+            "is_good": self._is_good(state),
             "num_unlisted_runs": max(0, len(state.content.runs) - MAX_LISTED_RUNS),
             "charts": self._build_charts(state),
             "page": self._find_page(state),
@@ -574,6 +590,40 @@ class StudioView:
         if state.job is not None and state.job.status == "running":
             return None
         return judge_run(self._read_run(state.run, MAX_SELECTED_BYTES), run=state.run)
+
+    def _list_running(self, state: StudioState) -> list[RunningJob]:
+        """Return the running commands with their progress."""
+        running: list[RunningJob] = []
+        for job in self.jobs.list_running():
+            status = None
+            run = self.find_run(Path(job.target)) if job.arguments[0] == "train" else None
+            if run in state.content.runs:
+                status = self.read_status(run)
+            running.append(describe_running(job, status))
+        return running
+
+    def _list_done_steps(self, state: StudioState) -> list[str]:
+        """Return the steps whose result exists for the selected items."""
+        dataset, run = state.dataset, state.run
+        is_trained = run is not None and self.read_status(run).kind == "finished"
+        used = {job.step for job in self.jobs.list_jobs(target=str(run or ""))}
+        has_result = {
+            "data": dataset is not None,
+            "label": dataset is not None,
+            "check": dataset is not None and (self.workspace.folder / dataset.check_page).is_file(),
+            "plan": state.recipe is not None,
+            "train": is_trained,
+            "results": is_trained,
+            "chat": "chat" in used,
+            "export": "export" in used,
+        }
+        return [step for step in STEPS if has_result[step]]
+
+    def _is_good(self, state: StudioState) -> bool:
+        """Return whether the selected run is better than its model, and can be used."""
+        verdict = self.judge(state)
+        is_better = verdict is not None and verdict.level == "better"
+        return is_better and bool(self._find_next_step(state))
 
     def _uses_tiny_model(self, state: StudioState) -> bool:
         """Return whether the selected run, or a training that the page starts, uses finesight-tiny.
@@ -729,32 +779,6 @@ class StudioView:
         version = max(_read_times(self.workspace.folder / path, *names))
         return "view/image?" + urlencode({kind: str(path), "version": version})
 
-    def read_image(self, params: Mapping[str, str]) -> tuple[bytes, str]:
-        """Return the first image of a data set or a run, and its media type.
-
-        Without one in the workspace, it is an empty drawing, since a card needs no image.
-        """
-        with contextlib.suppress(UserError, OSError, WorkerLostError):
-            file = self._find_samples(params)
-            if file is not None and self.workspace.contains(file):
-                url = _read_image(self.workspace, file, file.stat().st_mtime_ns)
-                media_type, _, content = url.removeprefix("data:").partition(";base64,")
-                return b64decode(content), media_type
-        return EMPTY_IMAGE, "image/svg+xml"
-
-    def _find_samples(self, params: Mapping[str, str]) -> Path | None:
-        """Return the data file of a listed data set or run; None for an unknown one."""
-        content = self.workspace.scan()
-        name = params.get("data")
-        dataset = next((one for one in content.datasets if str(one.path) == name), None)
-        if dataset is not None:
-            return self.workspace.folder / dataset.train_file
-        run = next((one for one in content.runs if str(one) == params.get("run")), None)
-        if run is None:
-            return None
-        data = self.workspace.load_recipe(run / RECIPE_FILE).data
-        return self.workspace.folder / (*data.eval, *data.train)[0].path
-
     def _read_run(self, run: Path, max_bytes: int = 0) -> RunRecord:
         """Read a run, unless it has not changed since the last time.
 
@@ -824,12 +848,18 @@ def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> ListedRun:
     return ListedRun(listed, build_sparkline(record.steps))
 
 
-@lru_cache(maxsize=500)
-def _read_image(workspace: Workspace, file: Path, version: int) -> str:
-    """Return the first image of a data file as a data URL."""
-    from finesight.app.thumbnail import make_thumbnail  # slow to import
-
-    return str(workspace.run_job(make_thumbnail, workspace.folder, file))
+def explain_metric(verdict: RunVerdict) -> str:
+    """Return the translated explanation of the primary metric; empty without one."""
+    row = verdict.primary_row
+    if row is None:
+        return ""
+    score = get_score(row.name)
+    scale = translate("Lower is better.")
+    if not score.lower_is_better:
+        scale = translate("From 0 to {:g}; higher is better.", score.maximum)
+    if not score.description:
+        return f"{translate(score.title)}: {scale}"
+    return f"{translate(score.title)}: {translate(score.description)}. {scale}"
 
 
 def name_job(job: Job) -> str:

@@ -407,6 +407,14 @@ class Workspace:
             sources = {*earlier, *names}
         return folder / sources.pop() if len(sources) == 1 else folder
 
+    def create_sample(self, name: str, num_images: int) -> Path:
+        """Draw the images of a sample project as an upload, and return their table."""
+        folder = self.check_new_name("uploads", name)
+        make_folder(self.folder / folder.parent)
+        table = self.run_job(draw_sample, self.folder / folder, num_images)
+        (self.folder / folder / UPLOAD_MARKER).touch()
+        return folder / str(table)
+
     def save_mapping(self, name: str, text: str) -> Path:
         """Write the mapping file of an import. An existing file is never changed."""
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -696,6 +704,13 @@ def _join_review(
                 dataset.is_estimate or one.is_estimate,
             )
     return dataset
+
+
+def draw_sample(state: object, folder: Path, num_images: int) -> JobOutput:
+    """Draw train tickets in a worker process, and return the name of their table."""
+    from finesight.synth.tickets import write_tickets
+
+    return JobOutput(write_tickets(folder, num_images, seed=0).name)
 
 
 def restore_folders(state: Any, folder: Path, table: str) -> JobOutput:

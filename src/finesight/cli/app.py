@@ -52,6 +52,9 @@ from finesight.operations.operation import (
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+MAX_RESULT_CHARS = 100_000
+"""Maximum length of the data of a result in the report of a command."""
+
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 """Environment variable of processes that torchrun has started."""
 
@@ -253,7 +256,7 @@ def _run(
 
 
 def _print_outcome(outcome: Outcome[object], *, as_json: bool) -> None:
-    """Print an outcome, and record its next steps in the report of `run_command`."""
+    """Print an outcome, and record its next steps and data in the report of `run_command`."""
     if as_json:
         records = outcome.data if isinstance(outcome.data, list) else [outcome.data]
         for record in records:
@@ -264,10 +267,23 @@ def _print_outcome(outcome: Outcome[object], *, as_json: bool) -> None:
         click.echo(escape_unprintable(note), err=True)
     if (report := click.get_current_context().obj) is not None:
         report["next_steps"] = outcome.next_steps
+        report["result"] = select_result(outcome.data)
     commands = list(map(_format_next_step, outcome.next_steps))
     if commands and not as_json and report is None:
         separator = " " if len(commands) == 1 else "\n  "
         click.echo(separator.join(["next:", *commands]), err=True)
+
+
+def select_result(data: object) -> object:
+    """Return the data of a result for a report.
+
+    It is empty for a list of records and for large data.
+    """
+    if isinstance(data, dict):
+        text = _format_json(data)
+        if len(text) <= MAX_RESULT_CHARS:
+            return json.loads(text)
+    return {}
 
 
 def _format_next_step(step: Step) -> str:
@@ -284,9 +300,13 @@ def is_interactive() -> bool:
 
 def _print_json(data: object) -> None:
     """Print data as one line of JSON, without NaN and with escaped non-UTF-8 bytes."""
+    click.echo(_format_json(data))
+
+
+def _format_json(data: object) -> str:
     from finesight.samples.sample import to_json_data
 
-    click.echo(escape_surrogates(json.dumps(to_json_data(data), ensure_ascii=False)))
+    return escape_surrogates(json.dumps(to_json_data(data), ensure_ascii=False))
 
 
 def _build_param(parameter: Parameter) -> click.Parameter:

@@ -579,7 +579,8 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
     throughput = read_series(samples_text, "samples_per_s")
     charts.append(build_chart(translate("Throughput"), throughput, samples_text))
     mfu = read_series(translate("MFU"), "mfu", 100)
-    charts.append(build_chart(translate("MFU"), mfu, translate("% of the measured peak FLOPS")))
+    title = translate("MFU (model FLOPs utilization)")
+    charts.append(build_chart(title, mfu, translate("% of the measured peak FLOPS")))
     return [chart for chart in charts if chart is not None]
 
 

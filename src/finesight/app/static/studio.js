@@ -25,7 +25,8 @@ const findLog = () => document.querySelector(".log");
 const show = (page) => {
   const log = findLog();
   const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
-  for (const id of page ? ["top", "bottom"] : []) update(byId(id), page.querySelector(`#${id}`));
+  for (const id of page ? ["side", "top", "bottom"] : [])
+    update(byId(id), page.querySelector(`#${id}`));
   if (findLog() && (isAtEnd || !page)) findLog().scrollTop = findLog().scrollHeight;
   // Actions apply to the items in the URL, which are those that the page shows.
   const shown = byId("top").dataset;
@@ -154,6 +155,78 @@ const readRoles = () => {
   return roles;
 };
 
+// Start: what the user has, the chosen files, and names from them
+
+const isImage = (file) => /\.(jpe?g|png|webp|gif|bmp|tiff?|heic|avif)$/i.test(file.name);
+const isTable = (file) => /\.(csv|tsv|jsonl?|parquet|xlsx)$/i.test(file.name);
+const MAX_THUMBNAILS = 12;
+
+const setHave = (have) => {
+  for (const one of document.querySelectorAll("[data-have]"))
+    one.setAttribute("aria-pressed", one.dataset.have === have);
+  const button = document.querySelector("button[data-images-label]");
+  button.textContent = have === "images" ? button.dataset.imagesLabel : button.dataset.label;
+  document.querySelector("button[data-action=import]").hidden = have === "images";
+};
+
+/** Name of the table, of the archive or of the first image without its number. */
+const proposeName = (files) => {
+  const named = files.find(isTable) ?? files.find((file) => !isImage(file)) ?? files[0];
+  const stem = named.name.replace(/(\.tar)?\.[^.]*$/, "");
+  const name = stem.replace(/[^\p{L}\p{N}_]+/gu, "-").replace(/^[-\d]+|[-_\d]+$/g, "");
+  const taken = byId("new-data").dataset.taken.split(" ");
+  if (!name) return "";
+  let free = name.slice(0, 50);
+  for (let number = 2; taken.includes(free); number++) free = `${name.slice(0, 50)}-${number}`;
+  return free;
+};
+
+let proposedName = byId("import:out")?.value;
+
+/** Shows what was chosen, before anything is sent. */
+const showChosen = () => {
+  const files = [...byId("upload").files];
+  const images = files.filter(isImage);
+  const list = byId("thumbnails");
+  for (const image of list.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  list.replaceChildren();
+  for (const file of images.slice(0, MAX_THUMBNAILS)) {
+    const image = create("img", { src: URL.createObjectURL(file), alt: file.name });
+    // Browsers do not show all formats.
+    image.addEventListener("error", () => image.closest("li").remove());
+    list.append(create("li", {}, image));
+  }
+  list.hidden = images.length === 0;
+  byId("chosen").hidden = files.length === 0;
+  if (files.length === 0) return;
+  const megabytes = files.reduce((sum, file) => sum + file.size, 0) / 1e6;
+  const others = files.length - images.length;
+  byId("chosen").textContent = translate(
+    "Images: {}. Other files: {}. {} MB. Nothing is sent yet.",
+    images.length,
+    others,
+    megabytes.toFixed(1),
+  );
+  if (!byId("new-data")) return;
+  setHave(others === 0 ? "images" : "labels");
+  // A name that the user has written stays.
+  const name = proposeName(files);
+  if (name && byId("import:out").value === proposedName) {
+    byId("import:out").value = name;
+    proposedName = name;
+  }
+};
+
+const dropFiles = (event) => {
+  const zone = event.target.closest?.(".drop");
+  if (!zone || !event.dataTransfer?.types.includes("Files")) return;
+  event.preventDefault();
+  zone.classList.toggle("over", event.type === "dragover");
+  if (event.type !== "drop") return;
+  byId("upload").files = event.dataTransfer.files;
+  byId("upload").dispatchEvent(new Event("input", { bubbles: true }));
+};
+
 const markPrimary = (action) => {
   for (const name of ["preview", "import"]) {
     const button = document.querySelector(`button[data-action="${name}"]`);
@@ -183,6 +256,7 @@ const showPreview = ({ section, source }) => {
   if (byId("upload").files.length) {
     // The next request names the stored files.
     byId("upload").value = "";
+    showChosen();
     byId("import:source").value = source;
     uploaded.clear();
   }
@@ -250,11 +324,13 @@ const chooseModel = (field) => {
 document.addEventListener("input", (event) => {
   if (event.target.id === "editor:text") isEdited = true;
   event.target.removeAttribute("aria-invalid");
+  if (event.target.id === "upload") showChosen();
   noteChange(event.target);
   chooseModel(event.target);
   enableCompare();
   showKinds();
 });
+for (const type of ["dragover", "dragleave", "drop"]) document.addEventListener(type, dropFiles);
 addEventListener("beforeunload", (event) => {
   if (isEdited) event.preventDefault();
 });
@@ -266,6 +342,8 @@ document.addEventListener("click", async (event) => {
   if (button?.dataset.action) {
     event.preventDefault();
     await act(button);
+  } else if (button?.dataset.have) {
+    setHave(button.dataset.have);
   } else if (button && "prompt" in button.dataset) {
     byId("import:prompt").value = button.dataset.prompt;
     byId("kind").value = button.dataset.kind;

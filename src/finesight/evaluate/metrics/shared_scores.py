@@ -15,10 +15,11 @@ EXACT = Score(
 )
 F1 = Score(
     title="F1",
-    description="harmonic mean of precision and recall over words, classes, fields or points",
+    description="agreement of words, classes, fields or points with the reference: harmonic mean"
+    " of precision and recall",
     preference=4,
 )
-F1_MACRO = Score(title="macro F1")
+F1_MACRO = Score(title="macro F1", description="mean of the F1 of all classes or fields")
 PARSE_RATE = Score(title="parsable answers", description="answers that could be parsed")
 MEAN_IOU = Score(
     title="mean IoU", description="overlap with the reference boxes", sample_score="iou"

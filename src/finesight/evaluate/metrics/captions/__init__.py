@@ -25,7 +25,8 @@ COMPONENT = MetricComponent(
     scores={
         "cider_d": Score(
             title="CIDEr-D",
-            description="TF-IDF n-gram similarity to the reference captions",
+            description="agreement of word sequences with the reference captions, rare ones count"
+            " more (TF-IDF)",
             maximum=10.0,
             preference=6,
         ),

@@ -30,7 +30,11 @@ COMPONENT = MetricComponent(
     reference_kind="box",
     scores={
         "f1_at_0.5": Score(
-            title="F1 at IoU 0.5", condition="an IoU of at least 0.5", sample_score="f1"
+            title="F1 at IoU 0.5",
+            description="boxes that agree with a reference box: harmonic mean of precision and"
+            " recall",
+            condition="an IoU of at least 0.5",
+            sample_score="f1",
         ),
         "precision_at_0.5": Score(title="precision at IoU 0.5"),
         "recall_at_0.5": Score(title="recall at IoU 0.5"),

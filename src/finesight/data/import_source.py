@@ -93,8 +93,8 @@ class ImportOptions:
         ignorable_columns: Columns that guessed roles leave out; a value in another one is an error.
             None for roles of the user.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
-        requires_most_images: Fail if more rows lack their image than have one, instead of skipping
-            them: the images are in another folder.
+        requires_most_rows: Fail if more rows are invalid than valid, or lack their image than have
+            one, instead of skipping them.
     """
 
     format: str | None = None
@@ -120,7 +120,7 @@ class ImportOptions:
     encoding: str | None = None
     no_header: bool = False
     ignorable_columns: frozenset[str] | None = None
-    requires_most_images: bool = False
+    requires_most_rows: bool = False
 
     @property
     def is_detected(self) -> bool:

@@ -635,8 +635,9 @@ def _parse_rows(
             skipped.add(location, box_error, None)
     num_missing = skipped.reasons[REASON_BY_ERROR[CorruptImageError]]
     num_found = sum(any(_images(examples)) for examples in rows)
-    lacks_images = options.requires_most_images and num_missing > num_found
-    must_fail = options.on_invalid_row == "fail" or is_systematic or lacks_images
+    is_minority = len(skipped) > sum(map(bool, rows)) or num_missing > num_found
+    lacks_rows = options.requires_most_rows and is_minority
+    must_fail = options.on_invalid_row == "fail" or is_systematic or lacks_rows
     if len(skipped) and (must_fail or not any(rows)):
         failure = skipped.build_error(num_rows, source.path, is_systematic=is_systematic)
         alternative = None
@@ -647,7 +648,7 @@ def _parse_rows(
             failure.remedy = f"give {alternative}"
         elif any(rows) and options.on_invalid_row == "fail" and not is_systematic:
             failure.remedy = f"{failure.remedy}; --on-invalid-row skip skips and lists invalid rows"
-        elif any(rows) and lacks_images:
+        elif any(rows) and lacks_rows:
             failure.remedy = (
                 f"{failure.remedy}; or import the source with --on-invalid-row skip, and"
             )

@@ -280,7 +280,7 @@ def _import_split(
     from finesight.data.importer import SplitError, import_dataset
 
     with console.activity("importing the data"):
-        options = replace(options, requires_most_images=True)
+        options = replace(options, requires_most_rows=True)
         try:
             return import_dataset(path, out, options), options
         except SplitError as error:

@@ -620,7 +620,7 @@ def _detect_format(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
             where="--format table",
             expected="--map image=COLUMN, --map answer=COLUMN or --map box=COLUMN and so on",
-            remedy=f"perhaps {table_format.suggest_mapping(first_records[0])}",
+            remedy=f"perhaps {table_format.suggest_mapping(first_records)}",
         )
     return data_format, detected_by
 
@@ -664,7 +664,7 @@ def _suggest_numbered_columns(
     shown = f"in the first row, {', '.join(examples[:8])}"
     if "no header" in rows.text_format:
         return f"name the columns by their numbers, perhaps with {options} ({shown})"
-    named = table_format.suggest_mapping(first_records[0])
+    named = table_format.suggest_mapping(first_records)
     return (
         f"name its columns, perhaps with {named}; if the first line contains values, import with"
         f" --no-header {options} ({shown})"

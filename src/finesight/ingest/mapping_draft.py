@@ -137,7 +137,7 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
         records = [row.record for row in rows]
         columns: dict[str, str] = {}
         if not all(map(str.isdecimal, records[0])):  # names, which suggest a role
-            columns = suggest_columns(records[0])
+            columns = suggest_columns(records)
         proposal = RoleProposal(records, columns)
     draft = write_draft(proposal, out, path if path.is_dir() else path.parent)
     edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"

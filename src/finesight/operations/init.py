@@ -678,7 +678,7 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
     if not keys:
         return
     names = sorted(keys)
-    mapping = suggest_mapping(records[0])
+    mapping = suggest_mapping(records)
     remedy = f"give {mapping}"
     has_turns = any(isinstance(records[0].get(key), list) for key in TURN_KEYS)
     if has_turns or "COLUMN" in mapping:  # columns of a table would leave out the turns

@@ -30,6 +30,7 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     UnexpectedPlaceholderError,
+    decode_base64_text,
 )
 from finesight.data.formats.row_keys import UnfoundMediaError, UnsupportedKeyError
 from finesight.data.image_file import (
@@ -47,6 +48,7 @@ from finesight.data.row_reader import SourceRow
 from finesight.data.sample import (
     ContentPart,
     ImagePart,
+    InvalidRowError,
     InvalidTurnsError,
     LimitExceededError,
     Sample,
@@ -668,7 +670,11 @@ def _parse_rows(
 def _note_texts(
     example: ImportExample, context: ImportContext, coordinates: TextCoordinates
 ) -> None:
-    """Note coordinates in the texts of an example, a rejected answer, and unfinished reasoning."""
+    """Note coordinates in the texts of an example, a rejected answer, and unfinished reasoning.
+
+    Raises:
+        InvalidRowError: An answer is a text in base64.
+    """
     if example.rejected:
         context.row_notes[NOTE_PREFERENCE_PAIRS] += 1
     parts: list[ContentPart] = []
@@ -683,6 +689,14 @@ def _note_texts(
     coordinates.add(text, paths, lambda path: context.images.image_size(Path(path)))
     for answer in answers:
         answer_text = join_text(answer).lstrip()
+        decoded = decode_base64_text(answer_text)
+        if decoded is not None:
+            raise InvalidRowError(
+                f"the answer is in base64, the text {decoded[:60]!r}",
+                "a text as a model shall write it",
+                "give a mapping file (--mapping) with parse: {COLUMN: base64}, or with parse:"
+                " {COLUMN: [base64, json]} for JSON, of which the answer is a key",
+            )
         if answer_text.startswith("<think>") and "</think>" not in answer_text:
             context.row_notes[NOTE_UNFINISHED_REASONING] += 1
 

@@ -44,6 +44,9 @@ NUM_DETECTION_FILES = 5
 NUM_CHECKED_ROWS = 3
 """Number of rows of a file that are read before an error proposes it."""
 
+MAX_PROPOSED_FILES = 5
+"""Maximum number of files that an error proposes."""
+
 _TURN_KEYS = ("messages", "conversations", "conversation")
 
 
@@ -106,13 +109,16 @@ class FolderListing:
             by_stem = {path.stem: path for path in files}
             train = by_stem.get("train")
             evaluation = by_stem.get("eval")
-            for file in [train, *files[:1]]:
-                if file is None or not _passes(check_file, file):
-                    continue
-                advice = f"give the file itself, such as {file}"
-                if file is train and evaluation is not None:
+            if train is not None and _passes(check_file, train):
+                advice = f"give the file itself, such as {train}"
+                if evaluation is not None:
                     advice += f"; a check also takes --against {evaluation}"
                 return advice
+            found = [file for file in files[:MAX_PROPOSED_FILES] if _passes(check_file, file)]
+            if found:
+                shown = ", ".join(str(file.relative_to(self.root)) for file in found[1:])
+                others = f"; other files: {shown}" if shown else ""
+                return f"give the file itself, such as {found[0]}{others}"
         images = self.image_files()
         texts = self.files_with_suffix(".txt")
         for first in self.files_with_suffix(".xml"):

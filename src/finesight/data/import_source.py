@@ -784,7 +784,7 @@ def detect_columns(
     except UserError:
         rows = _open_possible_table(path, options)
         if rows is None:
-            table = _find_only_table(path)
+            table = find_only_table(path)
             if table is None:
                 raise
             return detect_columns(table, options, ask_question)
@@ -835,7 +835,8 @@ def _open_possible_table(path: Path, options: ImportOptions) -> RowReader | None
     if path.is_dir():
         return open_record_files(path)
     # A .txt file is a table only if the user names it: folders contain other ones.
-    if path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt")):
+    is_table = path.name.lower().endswith((*ROW_SUFFIXES, ".txt"))
+    if path.is_file() and (is_table or is_json_lines(path)):
         return open_table_rows(path, options)
     return None
 
@@ -844,7 +845,7 @@ def find_table(path: Path, options: ImportOptions) -> Path:
     """Return the only table of a folder that is no dataset itself; other sources unchanged."""
     if options.format is not None or options.row_files or not path.is_dir():
         return path
-    table = _find_only_table(path)
+    table = find_only_table(path)
     if table is None:
         return path
     try:
@@ -854,7 +855,7 @@ def find_table(path: Path, options: ImportOptions) -> Path:
     return path
 
 
-def _find_only_table(path: Path) -> Path | None:
+def find_only_table(path: Path) -> Path | None:
     """Return the only table of a folder. Returns None for other sources."""
     if not path.is_dir():
         return None

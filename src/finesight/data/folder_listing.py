@@ -134,6 +134,8 @@ class FolderListing:
             )
             arguments = {"run_or_model": "MODEL", "sources": [str(self.root)], "prompt": "TEXT"}
             return Step("label", arguments, purpose)
+        for first in self.files_with_suffix(".tar"):
+            return f"give a file itself, such as {first}"
         return "give the folder with the images and labels, or the file with the rows"
 
     def _suggest_text_files(self, image: Path, texts: Sequence[Path]) -> str:

@@ -782,7 +782,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         )
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
     json_answers = _build_json_answers(row, context)
-    answers += [(TextPart(text=f"{answer}{line_end}"), *boxes) for answer in json_answers]
+    for text in json_answers:
+        answer_parts: list[ContentPart] = [TextPart(text=f"{text}{line_end}")]
+        if context.box_units is not None:  # the user states what numbers inside of fields are
+            answer_parts = list(parse_answer(f"{text}{line_end}", images))
+        answers.append((*answer_parts, *boxes))
     if not answers and "box" in context.columns and not {"answer", "fields"} & set(context.columns):
         answers = [boxes or (TextPart(text=NO_OBJECTS_ANSWER),)]
     if boxes and not answers:

@@ -494,7 +494,7 @@ def test_answers_in_base64_are_not_trained(tmp_path: Path) -> None:
     rows = [json.loads(row) for row in source.read_text().splitlines()]
     rows[1]["answer"] = base64.b64encode(content).decode()
     write_jsonl(source, rows)
-    with pytest.raises(UserError, match="the answer is in base64, the text '{") as caught:
+    with pytest.raises(UserError, match="the answer is in base64, the text") as caught:
         import_dataset(source, tmp_path / "out", ANSWERS)
     assert "[base64, json]" in str(caught.value.remedy)
 

@@ -83,6 +83,7 @@ class TemplateSearch:
         self._remedy = ""
         self._num_failed = 0
         self._files: dict[str, list[str]] | None = None
+        self._names: dict[str, list[str]] = {}
 
     def find_below(self, name: str) -> list[str]:
         """Return the paths of the files in all folders that end with a name or a path."""
@@ -158,6 +159,13 @@ class TemplateSearch:
             self._folders = ["", *sorted(found)[:MAX_SEARCHED_FOLDERS]]
         return self._folders
 
+    def _list_names(self, folder: str) -> list[str]:
+        """Return the names in a folder, which is listed once for all columns."""
+        if folder not in self._names:
+            entries = list_entries(os.path.join(self._folder, folder))
+            self._names[folder] = [entry.name for entry in entries]
+        return self._names[folder]
+
     def _exists(self, file: str) -> bool:
         return os.path.isfile(os.path.join(self._folder, file))
 
@@ -177,8 +185,8 @@ class TemplateSearch:
         templates: dict[NameTemplate, None] = {}
         pattern = re.compile(rf"(?P<prefix>(?:.*[^0-9])?)(?P<zeros>0*){number}(?P<suffix>\.[^.]+)")
         for folder in self._list_folders():
-            for entry in list_entries(os.path.join(self._folder, folder)):
-                match = pattern.fullmatch(entry.name)
+            for name in self._list_names(folder):
+                match = pattern.fullmatch(name)
                 if match is None or match["suffix"] not in COMMON_SUFFIXES:
                     continue
                 width = 0

@@ -1080,10 +1080,14 @@ def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:
     if not has_lookup:
         is_number = isinstance(found, int)  # of a choice, or the text of one
         if choices and (is_number or text not in (*choices, *choices.values())):
+            remedy = "give lookup: choices, and first: 1 if the first choice has the number 1"
+            if text.upper() in choices:
+                letters = ", ".join(f"{letter.lower()}: {letter}" for letter in choices)
+                remedy = f"translate the letters: values: {{{letters}}}"
             raise InvalidRowError(
                 f"the {role} {text[:60]!r} to a question with {len(choices)} choices",
                 "the text or the letter of a choice",
-                "give lookup: choices, and first: 1 if the first choice has the number 1",
+                remedy,
             )
         return text
     number = -1

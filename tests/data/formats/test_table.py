@@ -1,5 +1,6 @@
 """Any table, read by the columns that the user names."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from finesight.data.formats.table import (
     guess_columns,
     suggest_mapping,
 )
-from finesight.data.sample import InvalidRowError
+from finesight.data.sample import InvalidRowError, join_text
 from finesight.errors import UserError
 
 CASES = load_cases("table")
@@ -213,8 +214,8 @@ def test_remedy_for_a_structure_as_the_answer_names_keys_or_json(
 ) -> None:
     write_gray_image(tmp_path / "a.png")
     source = write_jsonl(tmp_path / "rows.jsonl", [{"photo": "a.png", "told": value}])
+    columns = {"image": "photo", "answer": "told"}
     with pytest.raises(UserError) as caught:
-        columns = {"image": "photo", "answer": "told"}
         import_samples(source, tmp_path / "out", columns=columns, prompt="")
     assert "answer: {path: told, write: json}" in str(caught.value.remedy)
     assert ("answer=told.raw" in str(caught.value.remedy)) == ("raw" in str(value))
@@ -369,3 +370,18 @@ def test_boxes_in_columns_of_unknown_names(boxes: list[Any], expected: str | Non
     records = [dict(zip("abcd", box, strict=True)) for box in boxes]
     assert find_box_format(records, "a,b,c,d", [(200, 100)] * 2) == expected
     assert find_box_format(records, "a,b,c,d", [(200, 100), None]) is None
+
+
+@pytest.mark.parametrize(("units", "num_boxes"), [(None, 0), ("pixel", 2)])
+def test_units_convert_boxes_inside_of_fields(tmp_path: Path, units: Any, num_boxes: int) -> None:
+    write_gray_image(tmp_path / "a.png", 40, 20)
+    spots = [{"spot": [1, 2, 9, 12], "kind": "dent"}, {"spot": [3, 4, 30, 18], "kind": "dent"}]
+    row = {"photo": "a.png", "found": {"spots": spots, "state": "bent"}}
+    source = write_jsonl(tmp_path / "rows.jsonl", [row])
+    columns = {"image": "photo", "fields": "found.spots,found.state"}
+    (sample,), _ = import_samples(
+        source, tmp_path / "out", columns=columns, prompt="?", box_units=units
+    )
+    kinds = [part.type for part in sample.messages[-1].content]
+    assert kinds.count("box") == num_boxes
+    assert json.loads(join_text(sample.messages[-1].content)) == row["found"]

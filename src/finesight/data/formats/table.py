@@ -244,7 +244,7 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         and not (is_row_name(name) or _NO_ANSWER_NAME.fullmatch(name))
         and not (counts_rows(records, name, media) or numbers_rows(records, name))
         and not _has_identifiers(records, name)
-        and not _has_values(records, name, _is_split, 0.9)
+        and (is_answer_name(name) or not _has_values(records, name, _is_split, 0.9))
         and _has_values(records, name, _is_text, 0)
     ]
     question, answer = _find_pair(others)
@@ -865,7 +865,7 @@ def _list_answers(record: Record, context: ImportContext) -> list[str]:
     answers = as_list(value)
     check_limit(len(answers), MAX_ANSWERS, "answers")
     for answer in answers:
-        if answer and _is_structure(answer):
+        if answer and isinstance(answer, dict | list | tuple):
             raise _build_structure_error(answer, column, is_item=answer is not value)
     return [_get_text(answer, "answer") for answer in answers]
 

@@ -296,7 +296,7 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
     for index, message in enumerate(sample.messages):
         # As in the chat template, a tag may extend over several text parts.
         parts = [part for part in message.content if isinstance(part, TextPart | BoxPart)]
-        has_calls = any(isinstance(part, ToolCallPart) for part in message.content)
+        has_calls = ToolCallPart in map(type, message.content)
         pieces = (part.text if isinstance(part, TextPart) else "<box>" for part in parts)
         text, turn = "".join(pieces), f"message {index}, of the {message.role},"
         is_at_start, others = text.lstrip().startswith("<think>"), _CODE.sub("", text).lstrip()

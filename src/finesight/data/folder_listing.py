@@ -114,11 +114,15 @@ class FolderListing:
                 if evaluation is not None:
                     advice += f"; a check also takes --against {evaluation}"
                 return advice
-            found = [file for file in files[:MAX_PROPOSED_FILES] if _passes(check_file, file)]
-            if found:
-                shown = ", ".join(str(file.relative_to(self.root)) for file in found[1:])
-                others = f"; other files: {shown}" if shown else ""
-                return f"give the file itself, such as {found[0]}{others}"
+            names: list[str] = []
+            for file in files[:MAX_PROPOSED_FILES]:
+                if _passes(check_file, file):
+                    names.append(str(file.relative_to(self.root)))
+            if names:
+                advice = f"give the file itself, such as {self.root / names[0]}"
+                if len(names) > 1:
+                    advice += f"; other files: {', '.join(names[1:])}"
+                return advice
         images = self.image_files()
         texts = self.files_with_suffix(".txt")
         for first in self.files_with_suffix(".xml"):

@@ -187,7 +187,7 @@ MIN_BASE64_CHARS = 32
 
 
 def decode_base64_text(text: str, min_chars: int = MIN_BASE64_CHARS) -> str | None:
-    """Return the text that is encoded as base64; None for other texts and for binary data."""
+    """Decode a text in base64. Returns None for other texts and for binary data."""
     encoded = "".join(text.splitlines())
     if len(encoded) < min_chars:
         return None

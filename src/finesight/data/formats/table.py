@@ -282,7 +282,7 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
 
 
 def list_names(records: Sequence[Record]) -> list[str]:
-    """Return the columns of all records; rows of JSON may lack some of them."""
+    """Return the names of the columns of all records."""
     names: dict[str, None] = {}
     for record in records:
         names.update(dict.fromkeys(map(str, record)))
@@ -294,17 +294,17 @@ def _omit_repeated_names(records: Sequence[Record], columns: Sequence[str]) -> l
 
     Of `2.jpg` and `photos/2.jpg`, the path is kept. Files of equal names in two folders differ.
     """
-    kept: list[str] = []
+    distinct: list[str] = []
     for name in columns:
-        if any(_repeats_names(records, name, one) for one in kept):
+        if any(_repeats_names(records, name, one) for one in distinct):
             continue
-        kept = [one for one in kept if not _repeats_names(records, one, name)]
-        kept.append(name)
-    return kept
+        distinct = [one for one in distinct if not _repeats_names(records, one, name)]
+        distinct.append(name)
+    return distinct
 
 
 def _repeats_names(records: Sequence[Record], column: str, other: str) -> bool:
-    """Return whether each value of a column is that of another one, or its name of a file."""
+    """Return whether a column has the paths of another one, or their file names."""
     for record in records:
         value = record.get(column)
         path = record.get(other)
@@ -315,7 +315,7 @@ def _repeats_names(records: Sequence[Record], column: str, other: str) -> bool:
 
 
 def _is_split(value: object) -> bool:
-    """Return whether a value names a split, such as train, which is no answer."""
+    """Return whether a value is the name of a split."""
     return isinstance(value, str) and value.strip().lower() in SPLIT_ALIASES
 
 
@@ -871,7 +871,7 @@ def _list_answers(record: Record, context: ImportContext) -> list[str]:
 
 
 def _build_structure_error(value: object, column: str, *, is_item: bool) -> InvalidRowError:
-    """Build the error of a list or an object as an answer, which has no single text.
+    """Build the error of a list or an object as an answer.
 
     Args:
         is_item: The value is one of several answers.

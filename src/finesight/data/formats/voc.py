@@ -77,7 +77,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 
 
 def _reject_unread_objects(root: ElementTree.Element) -> None:
-    """Raise UserError if objects are elsewhere than below the root, as in other formats.
+    """Reject objects of other formats, which are not directly below the root.
 
     Metadata may be nested beside objects. In a file without objects, it may be objects of another
     name, and the image would count as one that shows none.

@@ -114,14 +114,8 @@ class FolderListing:
                 if evaluation is not None:
                     advice += f"; a check also takes --against {evaluation}"
                 return advice
-            names: list[str] = []
-            for file in files[:MAX_PROPOSED_FILES]:
-                if _passes(check_file, file):
-                    names.append(str(file.relative_to(self.root)))
-            if names:
-                advice = f"give the file itself, such as {self.root / names[0]}"
-                if len(names) > 1:
-                    advice += f"; other files: {', '.join(names[1:])}"
+            advice = self._suggest_files(files[:MAX_PROPOSED_FILES], check_file)
+            if advice:
                 return advice
         images = self.image_files()
         texts = self.files_with_suffix(".txt")
@@ -141,6 +135,19 @@ class FolderListing:
         for first in self.files_with_suffix(".tar"):
             return f"give a file itself, such as {first}"
         return "give the folder with the images and labels, or the file with the rows"
+
+    def _suggest_files(self, files: Sequence[Path], check_file: Callable[[Path], None]) -> str:
+        """Return a suggestion for the files that pass a check; empty without one."""
+        names: list[str] = []
+        for file in files:
+            if _passes(check_file, file):
+                names.append(str(file.relative_to(self.root)))
+        if not names:
+            return ""
+        advice = f"give the file itself, such as {self.root / names[0]}"
+        if len(names) > 1:
+            advice += f"; other files: {', '.join(names[1:])}"
+        return advice
 
     def _suggest_text_files(self, image: Path, texts: Sequence[Path]) -> str:
         """Return a suggestion for images with texts that are not those of the same name."""

@@ -111,7 +111,7 @@ class TemplateSearch:
         return self._suggest_all_folders(name)
 
     def _suggest_all_folders(self, name: str) -> str:
-        """Return a remedy for a file in a folder that others do not share; empty without one."""
+        """Return a remedy for a file in any folder, or an empty text."""
         if not self._folder.is_dir():
             return ""
         for suffix in _list_suffixes(name):
@@ -160,7 +160,7 @@ class TemplateSearch:
         return self._folders
 
     def _list_names(self, folder: str) -> list[str]:
-        """Return the names in a folder, which is listed once for all columns."""
+        """Return the names in a folder, which is listed once."""
         if folder not in self._names:
             entries = list_entries(os.path.join(self._folder, folder))
             self._names[folder] = [entry.name for entry in entries]

@@ -346,7 +346,7 @@ def fetch_source(
 
 @contextlib.contextmanager
 def _name_source(source: str, work_folder: Path) -> Iterator[None]:
-    """Name the source in an error instead of the folder of its files, which is deleted."""
+    """Name the source in an error instead of its temporary folder."""
     try:
         yield
     except UserError as error:

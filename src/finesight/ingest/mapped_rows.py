@@ -1107,7 +1107,7 @@ def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:
 
 
 def _look_up_several(found: Sequence[Any], value: Value, choices: Mapping[str, str]) -> str:
-    """Return several choices as a list in JSON, for their numbers or for a verdict on each."""
+    """Return several choices as a list in JSON."""
     role = value.name_role("answer")
     numbers: list[Any] = list(found)
     if found and all(isinstance(one, bool) for one in found):

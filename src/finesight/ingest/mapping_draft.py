@@ -371,7 +371,7 @@ def _add_examples(examples: dict[str, Any], values: Sequence[Any], location: str
 
 
 def _has_identifiers(objects: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the keys of objects identify objects, of which each key has another one.
+    """Return whether the keys of objects are identifiers of other objects.
 
     No key occurs twice, and all their objects have a key in common.
     """

@@ -403,7 +403,7 @@ class RecordValues:
         return matches[0]
 
     def discard_unselected(self) -> Counter[str]:
-        """Mark the items that no lookup selected as used, and count those without another role."""
+        """Mark items that no lookup selected as used, and count them."""
         counts: Counter[str] = Counter()
         for list_path, items in self._unselected.items():
             for parts in items.values():

@@ -118,7 +118,7 @@ _TOOLS_IN_PROMPT = re.compile(
 )
 """Definitions of tools in a system prompt, as in the chat templates of Qwen."""
 
-_THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
+_REASONING = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
 """Reasoning before the call of a tool in the same text."""
 
 _BOX_TAG = re.compile(r"<box>\s*[\[(]|<\|box_start\|>")
@@ -601,12 +601,12 @@ def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Tu
     if role == "assistant":
         calls = [call for key in CALL_KEYS for call in as_list(decode_json(turn.get(key)))]
         if _CALL_ROLES.fullmatch(_get_speaker(turn)):
-            thought = ""
-            if isinstance(content, str) and (match := _THOUGHT.match(content)):
-                thought = match[1]
+            reasoning_block = ""
+            if isinstance(content, str) and (match := _REASONING.match(content)):
+                reasoning_block = match[1]
                 content = content[match.end() :]
             calls = as_list(decode_json(content))
-            content = thought
+            content = reasoning_block
         content = "" if content is None and calls else content
     others, loss = _split_loss(turn, role)
     reasoning = format_reasoning(sort_turn_keys(others, role, text_key, context), str(content))

@@ -182,3 +182,32 @@ def test_file_of_object_storage_is_to_be_downloaded(tmp_path: Path, url: str) ->
     with pytest.raises(CorruptImageError) as caught:
         ImageResolver(tmp_path, tmp_path / "out").resolve(url.replace("s3", "https"))
     assert ("--allow-host" in str(caught.value.remedy)) == url.startswith("s3")
+
+
+def test_name_is_searched_in_all_folders(tmp_path: Path) -> None:
+    first = write_gray_image(tmp_path / "part1" / "raw" / "p1.png")
+    second = write_gray_image(tmp_path / "part2" / "raw" / "p2.png")
+    other = write_gray_image(tmp_path / "part2" / "raw" / "sub" / "p1.jpg")
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    with pytest.raises(CorruptImageError) as caught:
+        images.resolve("p2.png")
+    assert 'images: {template: "**/{COLUMN}"}' in str(caught.value.remedy)
+    assert images.resolve("**/p1.png") == first
+    assert images.resolve("**/p2.png") == second
+    assert images.resolve("**/raw/sub/p1.jpg") == other
+    with pytest.raises(CorruptImageError, match="no such image"):
+        images.resolve("**/aw/p2.png")
+    write_gray_image(tmp_path / "copies" / "p1.png")
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    with pytest.raises(CorruptImageError, match=r"2 files of this name: copies/p1.png"):
+        images.resolve("**/p1.png")
+    assert images.resolve("**/part1/raw/p1.png") == first
+
+
+def test_search_in_all_folders_stays_inside_of_an_untrusted_source(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "other" / "a.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
+    images = ImageResolver(tmp_path / "in", tmp_path / "out", allowed_root=tmp_path / "in")
+    with pytest.raises(CorruptImageError, match="no such image in the source"):
+        images.resolve("**/a.png")

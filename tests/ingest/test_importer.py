@@ -1,5 +1,6 @@
 """A foreign file becomes a folder of samples, whole or not at all, with every row accounted for."""
 
+import base64
 import json
 import os
 import random
@@ -470,3 +471,46 @@ def test_images_are_equal_only_in_all_pixels(tmp_path: Path) -> None:
         options = ImportOptions(train_fraction=0.5)
         with pytest.raises(UserError, match="in 1 group without") if is_equal else nullcontext():
             import_dataset(tmp_path / "rows.jsonl", tmp_path / other[0], options)
+
+
+def test_more_invalid_than_valid_rows_are_not_skipped_without_consent(tmp_path: Path) -> None:
+    source = table(tmp_path, *"abcde")
+    rows = source.read_text().replace('"c1"', '""').splitlines()
+    rows = [json.dumps({**json.loads(row), "answer": ""}) for row in rows[:3]] + rows[3:]
+    source.write_text("\n".join(rows))
+    skips = replace(ANSWERS, on_invalid_row="skip")
+    with pytest.raises(UserError, match="3 of 5 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "out", replace(skips, requires_most_rows=True))
+    assert "--on-invalid-row skip" in str(caught.value.remedy)
+    summary = import_dataset(source, tmp_path / "out", skips)
+    assert sum(summary.skipped_rows.values()) == 3
+    again = ImportOptions(requires_most_rows=True, on_invalid_row="skip")
+    import_dataset(tmp_path / "out" / "data.jsonl", tmp_path / "again", again)
+
+
+def test_answers_in_base64_are_not_trained(tmp_path: Path) -> None:
+    content = json.dumps({"gauge": "4.2 bar", "state": "正常"}, ensure_ascii=False).encode()
+    source = table(tmp_path, "a", "b")
+    rows = [json.loads(row) for row in source.read_text().splitlines()]
+    rows[1]["answer"] = base64.b64encode(content).decode()
+    write_jsonl(source, rows)
+    with pytest.raises(UserError, match="the answer is in base64, the text") as caught:
+        import_dataset(source, tmp_path / "out", ANSWERS)
+    assert "[base64, json]" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "Rindfleischetikettierungsueberwachungsaufgabe",
+        "1234567890123456789012345678901234567890",
+        "The cup is red and the hat is blue today",
+    ],
+)
+def test_long_words_and_hashes_are_no_base64(answer: str, tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png")
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", "answer": answer}])
+    import_dataset(source, tmp_path / "out", ANSWERS)
+    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
+    assert sample.messages[-1].content[-1].text == answer

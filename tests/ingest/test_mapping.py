@@ -121,3 +121,15 @@ def test_number_of_a_column_needs_quotes(role: str) -> None:
 def test_missing_mapping_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_mapping(tmp_path / "m.yaml")
+
+
+def test_remedy_for_lower_case_letters_translates_them(folder: Path) -> None:
+    roles: dict[str, Any] = {"images": "i", "question": "q", "choices": "c", "answer": "a"}
+    record = {"i": "a.png", "q": "Which?", "c": ["cup", "hat"], "a": "b"}
+    row = SourceRow(number=1, location="line 1", record=record, stem="rows")
+    with pytest.raises(UserError) as caught:
+        parse_mapped_row(row, build_context(folder), build_mapping(roles))
+    _, _, values = str(caught.value.remedy).partition("values: ")
+    roles["answer"] = {"path": "a", "values": yaml.safe_load(values)}
+    found = read_record(record, build_mapping(roles), folder)
+    assert summarize_example(found.examples[0])["answers"] == [["B"]]

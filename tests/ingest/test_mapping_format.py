@@ -1,6 +1,8 @@
 """Mappings as dataset formats: rows of a file that are grouped to records."""
 
+import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +275,59 @@ def test_rows_that_are_left_out_are_not_for_training(folder: Path) -> None:
     roles = {**SPLIT_ROLES, "where": {"path": "a", "differs_from": ""}}
     with pytest.raises(UserError, match="no row is for training, 1 row for validation"):
         import_dataset(path, folder / "out", ImportOptions(mapping=build_format(roles)))
+
+
+def encode(value: object) -> str:
+    """Return a value as JSON in base64."""
+    return base64.b64encode(json.dumps(value).encode()).decode()
+
+
+def test_texts_in_base64_are_decoded(folder: Path) -> None:
+    record = {"file": "a.png", "note": base64.b64encode(b"Read it.").decode()}
+    record["label"] = encode({"read": "7 bar", "wrong": "9 bar"})
+    source = folder / "rows.jsonl"
+    source.write_text(json.dumps(record))
+    roles = {
+        "parse": {"note": "base64", "label": ["base64", "json"]},
+        "images": "file",
+        "question": "note",
+        "answer": "label.read",
+        "rejected": "label.wrong",
+    }
+    import_dataset(source, folder / "out", ImportOptions(mapping=build_format(roles)))
+    (sample,) = read_samples(folder / "out" / "data.jsonl")
+    assert sample.messages[0].content[-1].text == "Read it."
+    assert sample.messages[1].content[0].text == "7 bar"
+    assert sample.rejected[0].text == "9 bar"
+
+
+@pytest.mark.parametrize(
+    ("notation", "value", "remedy"),
+    [
+        ("json", encode({"read": "7 bar"}), r"give \[base64, json\] in parse"),
+        ("base64", "7 bar", "correct the row"),
+        ("base64", base64.b64encode(bytes(range(200, 250))).decode(), "correct the row"),
+    ],
+)
+def test_texts_that_a_notation_does_not_fit(folder: Path, notation, value, remedy) -> None:
+    source = folder / "rows.jsonl"
+    source.write_text(json.dumps({"file": "a.png", "label": value}))
+    roles = {"parse": {"label": notation}, "images": "file", "answer": "label.read"}
+    with pytest.raises(UserError, match=f"label is not valid {notation}") as caught:
+        import_dataset(source, folder / "out", ImportOptions(mapping=build_format(roles)))
+    assert re.search(remedy, str(caught.value.remedy))
+
+
+def test_items_that_no_lookup_selects_are_counted(folder: Path) -> None:
+    records = [{"file": "a.png", "facts": [{"k": k, "v": f"{k} 1"} for k in ("sum", "day", "who")]}]
+    records[0]["wanted"] = "day"
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(record) for record in records))
+    lookup = {"list": "facts", "key": "k", "value": "v"}
+    roles = {"images": "file", "question": "wanted", "answer": {"path": "wanted", "lookup": lookup}}
+    options = ImportOptions(mapping=build_format(roles))
+    summary = import_dataset(source, folder / "out", options)
+    assert summary.source_notes == {"items of facts, which no lookup selects": 2}
+    used = {**roles, "choices": "facts.*.v"}
+    options = ImportOptions(mapping=build_format(used))
+    assert not import_dataset(source, folder / "all", options).source_notes

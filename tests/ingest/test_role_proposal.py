@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from finesight.ingest.formats.table import guess_columns
+from finesight.ingest.formats.table import guess_columns, suggest_mapping
 from finesight.ingest.role_proposal import RoleProposal, UnassignedKeysError
 
 ROW = {"image": "a.png", "caption": "Two cups."}
@@ -206,3 +206,19 @@ def test_distinct_numbers_of_a_table_without_header_may_be_identifiers(cells, is
     with pytest.raises(UnassignedKeysError, match="an answer, or an identifier of the image") as e:
         proposal.check_columns("rows.tsv")
     assert "--map image=2 --map answer=1" in str(e.value.remedy)
+
+
+def test_column_that_may_count_the_rows_of_an_image_is_asked_for():
+    rows = [("a.png", 0, "x y", "u"), ("a.png", 1, "z", "v"), ("b.png", 0, "x", "w")]
+    records = [dict(zip(("image", "k", "note", "place"), row, strict=True)) for row in rows]
+    with pytest.raises(UnassignedKeysError, match="no column is known as the answer"):
+        propose(*records).check_columns("rows.csv")
+
+
+def test_error_of_nested_texts_shows_them_and_no_guess():
+    record = {"photo": "a.png", "score": 3, "notes": [{"lang": "en", "raw": "A wet road."}]}
+    with pytest.raises(UnassignedKeysError, match="texts inside of lists") as caught:
+        propose(record, record).check_inner_values("rows.jsonl")
+    assert "notes ([{'lang': 'en'" in str(caught.value.what)
+    assert "score" not in str(caught.value)
+    assert "score" not in suggest_mapping([record, record])

@@ -387,6 +387,7 @@ def test_several_images_per_sample(tmp_path: Path) -> None:
         {"1.png": b"", "1.txt": b"", "classes.txt": b""},
         {"train.jsonl": b"", "1.png": b""},
         {"1.png": b"", "1.json": b'{"imagePath": "1.png"}'},
+        {"page.1.png": b"", "page.1.txt": b"", "page.2.png": b"", "page.2.txt": b""},
         {},
     ],
 )
@@ -475,3 +476,20 @@ def test_json_lines_in_a_text_file(tmp_path: Path) -> None:
     path.write_text('{"file_name": "a.png", "n": 1}\n{"file_name": "b.png", "n": 2}\n')
     reader = open_row_file(path)
     assert [row.record["n"] for row in reader.iter_range(0, reader.num_rows)] == [1, 2]
+
+
+def test_double_endings_are_a_text_and_json_of_their_own(tmp_path: Path) -> None:
+    files = {}
+    for n in range(2):
+        files[f"line_{n}.png"] = make_png(n)
+        files[f"line_{n}.read.txt"] = f"total {n}\n".encode()
+        files[f"line_{n}.spots.json"] = json.dumps({"json": [n, 2]}).encode()
+    tar = write_tar(tmp_path / "a.tar", files)
+    assert is_webdataset(tar)
+    _, second = open_webdataset(tar).iter_range(0, 2)
+    assert second.record == {
+        "id": "line_1",
+        "image": make_png(1),
+        "read.txt": "total 1",
+        "spots.json": {"json": [1, 2]},
+    }

@@ -44,6 +44,9 @@ NUM_DETECTION_FILES = 5
 NUM_CHECKED_ROWS = 3
 """Number of rows of a file that are read before an error proposes it."""
 
+MAX_PROPOSED_FILES = 5
+"""Maximum number of files that an error proposes."""
+
 _TURN_KEYS = ("messages", "conversations", "conversation")
 
 
@@ -106,12 +109,13 @@ class FolderListing:
             by_stem = {path.stem: path for path in files}
             train = by_stem.get("train")
             evaluation = by_stem.get("eval")
-            for file in [train, *files[:1]]:
-                if file is None or not _passes(check_file, file):
-                    continue
-                advice = f"give the file itself, such as {file}"
-                if file is train and evaluation is not None:
+            if train is not None and _passes(check_file, train):
+                advice = f"give the file itself, such as {train}"
+                if evaluation is not None:
                     advice += f"; a check also takes --against {evaluation}"
+                return advice
+            advice = self._suggest_files(files[:MAX_PROPOSED_FILES], check_file)
+            if advice:
                 return advice
         images = self.image_files()
         texts = self.files_with_suffix(".txt")
@@ -128,7 +132,22 @@ class FolderListing:
             )
             arguments = {"run_or_model": "MODEL", "sources": [str(self.root)], "prompt": "TEXT"}
             return Step("label", arguments, purpose)
+        for first in self.files_with_suffix(".tar"):
+            return f"give a file itself, such as {first}"
         return "give the folder with the images and labels, or the file with the rows"
+
+    def _suggest_files(self, files: Sequence[Path], check_file: Callable[[Path], None]) -> str:
+        """Return a suggestion for the files that pass a check; empty without one."""
+        names: list[str] = []
+        for file in files:
+            if _passes(check_file, file):
+                names.append(str(file.relative_to(self.root)))
+        if not names:
+            return ""
+        advice = f"give the file itself, such as {self.root / names[0]}"
+        if len(names) > 1:
+            advice += f"; other files: {', '.join(names[1:])}"
+        return advice
 
     def _suggest_text_files(self, image: Path, texts: Sequence[Path]) -> str:
         """Return a suggestion for images with texts that are not those of the same name."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from finesight.errors import UserError
 from finesight.files.bounded_files import is_utf8, iter_spellings, to_readable_name
 from finesight.files.storage import translate_os_errors
-from finesight.ingest.name_template import TemplateSearch
+from finesight.ingest.name_template import ALL_FOLDERS, TemplateSearch
 from finesight.samples.image_file import (
     DOCUMENT_SUFFIXES,
     IMAGE_MAGICS,
@@ -233,6 +233,8 @@ class ImageResolver:
 
     def _find(self, name: str) -> tuple[str | None, str]:
         """Return the path of an existing file or folder or None, and the expected path."""
+        if name.startswith(ALL_FOLDERS) and not self._exact_paths:
+            return self._find_below(name), name
         # Scripts often write paths relative to the directory in which they were started.
         folders = (self._folder, self._allowed_root or Path.cwd())
         if self._exact_paths:
@@ -243,6 +245,23 @@ class ImageResolver:
             candidates = [os.path.join(folder, spelling) for spelling, folder in pairs]
         # os.path accepts invalid names: too long or with a null byte.
         return next(filter(self._is_available, candidates), None), candidates[0]
+
+    def _find_below(self, name: str) -> str | None:
+        """Return the only file in all folders of the data that a path with `**/` stands for.
+
+        Raises:
+            CorruptImageError: There are several such files.
+        """
+        found = self._templates.find_below(name.removeprefix(ALL_FOLDERS))
+        if len(found) > 1:
+            raise CorruptImageError(
+                f"{len(found)} files of this name: {', '.join(found[:3])}",
+                where=name[:200],
+                expected=f"one file in the folders below {self._folder}",
+                remedy="add the folder to the template of the mapping, or remove the copies",
+            )
+        paths = [os.path.join(self._folder, path) for path in found]
+        return next(filter(self._is_available, paths), None)
 
     def _suggest_template(self, value: object) -> str:
         """Return how to name the file that a text or a number stands for.

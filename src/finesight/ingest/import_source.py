@@ -93,8 +93,8 @@ class ImportOptions:
         ignorable_columns: Columns that guessed roles leave out; a value in another one is an error.
             None for roles of the user.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
-        requires_most_images: Fail if more rows lack their image than have one, instead of skipping
-            them: the images are in another folder.
+        requires_most_rows: Fail if more rows are invalid than valid, or lack their image than have
+            one, instead of skipping them.
     """
 
     format: str | None = None
@@ -120,7 +120,7 @@ class ImportOptions:
     encoding: str | None = None
     no_header: bool = False
     ignorable_columns: frozenset[str] | None = None
-    requires_most_images: bool = False
+    requires_most_rows: bool = False
 
     @property
     def is_detected(self) -> bool:
@@ -620,7 +620,7 @@ def _detect_format(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
             where="--format table",
             expected="--map image=COLUMN, --map answer=COLUMN or --map box=COLUMN and so on",
-            remedy=f"perhaps {table_format.suggest_mapping(first_records[0])}",
+            remedy=f"perhaps {table_format.suggest_mapping(first_records)}",
         )
     return data_format, detected_by
 
@@ -664,7 +664,7 @@ def _suggest_numbered_columns(
     shown = f"in the first row, {', '.join(examples[:8])}"
     if "no header" in rows.text_format:
         return f"name the columns by their numbers, perhaps with {options} ({shown})"
-    named = table_format.suggest_mapping(first_records[0])
+    named = table_format.suggest_mapping(first_records)
     return (
         f"name its columns, perhaps with {named}; if the first line contains values, import with"
         f" --no-header {options} ({shown})"
@@ -784,7 +784,7 @@ def detect_columns(
     except UserError:
         rows = _open_possible_table(path, options)
         if rows is None:
-            table = _find_only_table(path)
+            table = find_only_table(path)
             if table is None:
                 raise
             return detect_columns(table, options, ask_question)
@@ -835,7 +835,8 @@ def _open_possible_table(path: Path, options: ImportOptions) -> RowReader | None
     if path.is_dir():
         return open_record_files(path)
     # A .txt file is a table only if the user names it: folders contain other ones.
-    if path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt")):
+    is_table = path.name.lower().endswith((*ROW_SUFFIXES, ".txt"))
+    if path.is_file() and (is_table or is_json_lines(path)):
         return open_table_rows(path, options)
     return None
 
@@ -844,7 +845,7 @@ def find_table(path: Path, options: ImportOptions) -> Path:
     """Return the only table of a folder that is no dataset itself; other sources unchanged."""
     if options.format is not None or options.row_files or not path.is_dir():
         return path
-    table = _find_only_table(path)
+    table = find_only_table(path)
     if table is None:
         return path
     try:
@@ -854,7 +855,7 @@ def find_table(path: Path, options: ImportOptions) -> Path:
     return path
 
 
-def _find_only_table(path: Path) -> Path | None:
+def find_only_table(path: Path) -> Path | None:
     """Return the only table of a folder. Returns None for other sources."""
     if not path.is_dir():
         return None

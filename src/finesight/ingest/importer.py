@@ -32,6 +32,7 @@ from finesight.ingest.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     UnexpectedPlaceholderError,
+    decode_base64_text,
 )
 from finesight.ingest.formats.row_keys import UnfoundMediaError, UnsupportedKeyError
 from finesight.ingest.image_resolver import IMAGES_FOLDER, ImageNames
@@ -50,6 +51,7 @@ from finesight.samples.line_index import MAX_LINE_BYTES
 from finesight.samples.sample import (
     ContentPart,
     ImagePart,
+    InvalidRowError,
     InvalidTurnsError,
     LimitExceededError,
     Sample,
@@ -635,8 +637,9 @@ def _parse_rows(
             skipped.add(location, box_error, None)
     num_missing = skipped.reasons[REASON_BY_ERROR[CorruptImageError]]
     num_found = sum(any(_images(examples)) for examples in rows)
-    lacks_images = options.requires_most_images and num_missing > num_found
-    must_fail = options.on_invalid_row == "fail" or is_systematic or lacks_images
+    is_minority = len(skipped) > sum(map(bool, rows)) or num_missing > num_found
+    lacks_rows = options.requires_most_rows and is_minority
+    must_fail = options.on_invalid_row == "fail" or is_systematic or lacks_rows
     if len(skipped) and (must_fail or not any(rows)):
         failure = skipped.build_error(num_rows, source.path, is_systematic=is_systematic)
         alternative = None
@@ -647,7 +650,7 @@ def _parse_rows(
             failure.remedy = f"give {alternative}"
         elif any(rows) and options.on_invalid_row == "fail" and not is_systematic:
             failure.remedy = f"{failure.remedy}; --on-invalid-row skip skips and lists invalid rows"
-        elif any(rows) and lacks_images:
+        elif any(rows) and lacks_rows:
             failure.remedy = (
                 f"{failure.remedy}; or import the source with --on-invalid-row skip, and"
             )
@@ -667,7 +670,11 @@ def _parse_rows(
 def _note_texts(
     example: ImportExample, context: ImportContext, coordinates: TextCoordinates
 ) -> None:
-    """Note coordinates in the texts of an example, a rejected answer, and unfinished reasoning."""
+    """Note coordinates in the texts of an example, a rejected answer, and unfinished reasoning.
+
+    Raises:
+        InvalidRowError: An answer is a text in base64.
+    """
     if example.rejected:
         context.row_notes[NOTE_PREFERENCE_PAIRS] += 1
     parts: list[ContentPart] = []
@@ -682,6 +689,14 @@ def _note_texts(
     coordinates.add(text, paths, lambda path: context.images.image_size(Path(path)))
     for answer in answers:
         answer_text = join_text(answer).lstrip()
+        decoded = decode_base64_text(answer_text)
+        if decoded is not None:
+            raise InvalidRowError(
+                f"the answer is in base64, the text {decoded[:60]!r}",
+                "a text as a model shall write it",
+                "give a mapping file (--mapping) with parse: {COLUMN: base64}, or with parse:"
+                " {COLUMN: [base64, json]} for JSON, of which the answer is a key",
+            )
         if answer_text.startswith("<think>") and "</think>" not in answer_text:
             context.row_notes[NOTE_UNFINISHED_REASONING] += 1
 

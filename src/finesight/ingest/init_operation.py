@@ -281,7 +281,7 @@ def _import_split(
     from finesight.ingest.importer import SplitError, import_dataset
 
     with console.activity("importing the data"):
-        options = replace(options, requires_most_images=True)
+        options = replace(options, requires_most_rows=True)
         try:
             return import_dataset(path, out, options), options
         except SplitError as error:
@@ -679,7 +679,7 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
     if not keys:
         return
     names = sorted(keys)
-    mapping = suggest_mapping(records[0])
+    mapping = suggest_mapping(records)
     remedy = f"give {mapping}"
     has_turns = any(isinstance(records[0].get(key), list) for key in TURN_KEYS)
     if has_turns or "COLUMN" in mapping:  # columns of a table would leave out the turns

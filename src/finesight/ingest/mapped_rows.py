@@ -206,6 +206,8 @@ def _count_keys(values: RecordValues, mapping: RecordMapping, context: ImportCon
         context.row_notes[f"values missing at {path_text} of the mapping"] += count
     for path_text, count in values.num_object_keys.items():
         context.row_notes[f"keys of the objects at {path_text}, which no role uses"] += count
+    for path_text, count in values.discard_unselected().items():
+        context.row_notes[f"items of {path_text}, which no lookup selects"] += count
     for path in mapping.ignore:
         ignored = values.read_optional(path, values.root, "ignore")
         for keys in dict.fromkeys(one.list_general_keys() for one in ignored):
@@ -1063,14 +1065,29 @@ def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:
         choices: Choices of the question by their letters.
     """
     role = value.name_role("answer")
+    is_list = isinstance(found, list | tuple)
+    has_lookup = value.lookup in ("choices", "letters")
+    if is_list and has_lookup:
+        return _look_up_several(found, value, choices)
+    if choices and not has_lookup and (is_list or value.write == "json"):
+        raise InvalidRowError(
+            f"the {role} is {describe_value(found)}, to a question with {len(choices)} choices",
+            "one choice, or several as a list in JSON",
+            "for several choices in JSON, give lookup: choices and write: json, with values to"
+            " translate verdicts on the choices to true and false; for alternatives, give answers",
+        )
     text = to_text(found, role)
-    if value.lookup not in ("choices", "letters"):
+    if not has_lookup:
         is_number = isinstance(found, int)  # of a choice, or the text of one
         if choices and (is_number or text not in (*choices, *choices.values())):
+            remedy = "give lookup: choices, and first: 1 if the first choice has the number 1"
+            if text.upper() in choices:
+                letters = ", ".join(f"{letter.lower()}: {letter}" for letter in choices)
+                remedy = f"translate the letters: values: {{{letters}}}"
             raise InvalidRowError(
                 f"the {role} {text[:60]!r} to a question with {len(choices)} choices",
                 "the text or the letter of a choice",
-                "give lookup: choices, and first: 1 if the first choice has the number 1",
+                remedy,
             )
         return text
     number = -1
@@ -1081,11 +1098,33 @@ def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:
         raise InvalidRowError(
             f"the answer {text[:60]!r} is no number of a choice",
             f"a number from {value.first} to {value.first + len(choices) - 1}",
-            "correct first in the mapping, or the row",
+            "correct first in the mapping, or the row; translate verdicts on the choices by values"
+            " to true and false",
         )
     if value.lookup == "letters":
         return list(choices)[number]
     return list(choices.values())[number]
+
+
+def _look_up_several(found: Sequence[Any], value: Value, choices: Mapping[str, str]) -> str:
+    """Return several choices as a list in JSON."""
+    role = value.name_role("answer")
+    numbers: list[Any] = list(found)
+    if found and all(isinstance(one, bool) for one in found):
+        if len(found) != len(choices):
+            raise InvalidRowError(
+                f"{len(found)} verdicts in the {role} on {len(choices)} choices",
+                "true or false for each choice",
+                "correct the row, or the paths of choices and answer",
+            )
+        numbers = [number for number, one in enumerate(found, start=value.first) if one]
+    if value.write != "json":
+        raise InvalidRowError(
+            f"the {role} is a list of {len(numbers)} choices",
+            "one choice, or several as a list in JSON",
+            "give write: json beside lookup",
+        )
+    return write_json([_look_up(one, value, choices) for one in numbers], role)
 
 
 def _select_answers(texts: Sequence[str], use: str) -> tuple[list[str], list[str]]:

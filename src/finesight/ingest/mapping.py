@@ -662,6 +662,12 @@ NamedValues = Annotated[
 ]
 
 
+Notation = Literal["json", "python", "base64"]
+Notations = Annotated[
+    tuple[Notation, ...], Field(min_length=1), BeforeValidator(_as_tuple), SingleItem()
+]
+
+
 class RecordMapping(MappingSection):
     """A mapping file.
 
@@ -673,7 +679,8 @@ class RecordMapping(MappingSection):
         group: Value that the rows of a record have in common: the record has them as `rows`; None:
             each row of the file is a record.
         tables: Tables whose rows are inserted into the records, by name and in this order.
-        parse: Text values that are parsed before paths are read, with their notation.
+        parse: Text values that are parsed before paths are read, with their notation, or several
+            in their order: [base64, json] for JSON encoded as base64.
         sample: List of which each item becomes a sample; None: the record is one sample.
         where: Conditions that a sample meets; others are counted and left out.
         split: Split of a record, which is `train` or `eval`; None: all are for training.
@@ -699,7 +706,7 @@ class RecordMapping(MappingSection):
     rows: Annotated[Rows, BeforeValidator(_expand_value), ONE_PATH] | None = None
     group: PathField | None = None
     tables: dict[Annotated[str, Field(min_length=1)], JoinedTable] = {}
-    parse: dict[str, Literal["json", "python"]] = {}
+    parse: dict[str, Notations] = {}
     sample: Annotated[Elements, BeforeValidator(_as_elements), ONE_PATH] | None = None
     where: Conditions = ()
     split: ValueField | None = None
@@ -725,7 +732,10 @@ class RecordMapping(MappingSection):
 
     def list_parse_paths(self) -> list[tuple[FieldPath, str]]:
         """Return the paths of texts to parse, with their notation; outer texts come first."""
-        return [(parse_path(path), notation) for path, notation in self.parse.items()]
+        paths: list[tuple[FieldPath, str]] = []
+        for path, notations in self.parse.items():
+            paths += [(parse_path(path), notation) for notation in notations]
+        return paths
 
     @property
     def _answer_roles(self) -> list[str]:
@@ -844,7 +854,8 @@ class RecordMapping(MappingSection):
                 if is_choice and not is_answer:
                     raise ValueError(f"{name}: lookup is for the answer to a question with choices")
                 translations = (value.values or {}).values()
-                if name != "verdict" and any(isinstance(one, bool) for one in translations):
+                is_verdict = is_choice or name == "verdict"
+                if not is_verdict and any(isinstance(one, bool) for one in translations):
                     raise ValueError(
                         f"{name}: true or false under values; write texts such as yes in quotes"
                     )

@@ -16,11 +16,17 @@ from finesight.files.storage import has_content, write_new_file
 from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
 from finesight.ingest.formats.dataset_format import IMAGE_KEYS, VIDEO_KEYS, as_list
 from finesight.ingest.formats.row_keys import UnfoundMediaError
-from finesight.ingest.formats.table import MEDIA_ROLES, UnknownRolesError, suggest_columns
+from finesight.ingest.formats.table import (
+    MEDIA_ROLES,
+    UnknownRolesError,
+    list_names,
+    suggest_columns,
+)
 from finesight.ingest.import_source import (
     DetectedColumns,
     ImportOptions,
     detect_columns,
+    find_only_table,
     find_table,
 )
 from finesight.ingest.mapping import MAPPING_VERSION
@@ -126,18 +132,20 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
     """Write the draft of a mapping, and name it in the remedy of an error."""
     proposal = error.proposal if isinstance(error, UnassignedKeysError) else None
     if proposal is None:
-        reader: RowReader | None
+        source = path
+        reader: RowReader | None = None
         if path.is_dir():
             reader = open_record_files(path)
-        else:
-            reader = open_row_file(path, options.encoding, no_header=options.no_header)
+            source = find_only_table(path) or path
+        if reader is None and source.is_file():
+            reader = open_row_file(source, options.encoding, no_header=options.no_header)
         if reader is None:
             return
         rows = reader.iter_range(0, min(reader.num_rows, NUM_DRAFT_RECORDS))
         records = [row.record for row in rows]
         columns: dict[str, str] = {}
         if not all(map(str.isdecimal, records[0])):  # names, which suggest a role
-            columns = suggest_columns(records[0])
+            columns = suggest_columns(records)
         proposal = RoleProposal(records, columns)
     draft = write_draft(proposal, out, path if path.is_dir() else path.parent)
     edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"
@@ -266,12 +274,14 @@ def _list_unused(
 
 
 def list_examples(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the first value at each path of records. Lists have the path `*`."""
+    """Return the first value at each path of records.
+
+    Lists have the path `*`, and so have objects whose keys are identifiers.
+    """
     examples: dict[str, Any] = {}
-    for record in records:
-        for key, item in record.items():
-            for location, value in _iter_values(item, format_key(str(key))):
-                examples.setdefault(location, value)
+    for key in list_names(records):
+        values = [record[key] for record in records if key in record]
+        _add_examples(examples, values, format_key(key))
     return examples
 
 
@@ -338,13 +348,39 @@ def _find_repeated_image(
     return str(path) if len(set(names)) < len(names) else None
 
 
-def _iter_values(value: Any, location: str) -> Iterator[tuple[str, Any]]:
-    """Yield the path and value of each value that is no list or object; lists have the path `*`."""
-    if isinstance(value, dict) and not is_image_value(value):
-        for key, item in value.items():
-            yield from _iter_values(item, join_location(location, key))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _iter_values(item, f"{location}.{EACH}")
-    else:
-        yield location, value
+def _add_examples(examples: dict[str, Any], values: Sequence[Any], location: str) -> None:
+    """Add the first value at each path inside of values that have the same location."""
+    objects: list[dict[str, Any]] = []
+    items: list[Any] = []
+    for value in values:
+        if isinstance(value, dict) and not is_image_value(value):
+            objects.append(value)
+        elif isinstance(value, list | tuple):
+            items += value
+        else:
+            examples.setdefault(location, value)
+    if _has_identifiers(objects):
+        for one in objects:
+            items += one.values()
+        objects = []
+    for key in list_names(objects):
+        inner = [one[key] for one in objects if key in one]
+        _add_examples(examples, inner, join_location(location, key))
+    if items:
+        _add_examples(examples, items, f"{location}.{EACH}")
+
+
+def _has_identifiers(objects: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the keys of objects are identifiers of other objects.
+
+    No key occurs twice, and all their objects have a key in common.
+    """
+    keys: list[str] = []
+    common: set[str] | None = None
+    for one in objects:
+        keys += map(str, one)
+        for value in one.values():
+            if not isinstance(value, dict) or is_image_value(value):
+                return False
+            common = {*value} if common is None else common & value.keys()
+    return len(keys) > 1 and len({*keys}) == len(keys) and bool(common)

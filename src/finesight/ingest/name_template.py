@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.ingest.folder_listing import list_entries
+from finesight.ingest.folder_listing import list_entries, list_folder
 from finesight.samples.image_file import IMAGE_SUFFIXES
 from finesight.samples.sample import VIDEO_SUFFIXES, is_video_path
 
 COMMON_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".JPG", *VIDEO_SUFFIXES)
 """Suffixes that are tried for the identifier of a file."""
+
+ALL_FOLDERS = "**/"
+"""Start of a path that stands for any folder below that of the data."""
 
 MAX_SEARCHED_FOLDERS = 100
 """Maximum number of folders next to the data that are searched for a file."""
@@ -59,6 +62,13 @@ def _is_relative_name(name: str) -> bool:
     return is_short and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
+def _list_suffixes(name: str) -> tuple[str, ...]:
+    """Return the suffixes that may complete a name."""
+    if Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
+        return ("",)
+    return COMMON_SUFFIXES
+
+
 def _escape(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
@@ -72,6 +82,18 @@ class TemplateSearch:
         self._templates: list[NameTemplate] = []
         self._remedy = ""
         self._num_failed = 0
+        self._files: dict[str, list[str]] | None = None
+        self._names: dict[str, list[str]] = {}
+
+    def find_below(self, name: str) -> list[str]:
+        """Return the paths of the files in all folders that end with a name or a path."""
+        if self._files is None:
+            self._files = {}
+            for file in list_folder(self._folder).files:
+                path = file.relative_to(self._folder).as_posix()
+                self._files.setdefault(file.name, []).append(path)
+        found = self._files.get(Path(name).name, [])
+        return [path for path in found if f"/{path}".endswith(f"/{name}")]
 
     def suggest(self, name: str) -> str:
         """Return a remedy with the templates of the file of a value.
@@ -86,6 +108,21 @@ class TemplateSearch:
             self._remedy = self._format_remedy(name)
         if any(self._exists(template.fill(name)) for template in self._templates):
             return self._remedy
+        return self._suggest_all_folders(name)
+
+    def _suggest_all_folders(self, name: str) -> str:
+        """Return a remedy for a file in any folder, or an empty text."""
+        if not self._folder.is_dir():
+            return ""
+        for suffix in _list_suffixes(name):
+            found = self.find_below(f"{name}{suffix}")
+            if len(found) == 1:
+                role = "videos" if is_video_path(found[0]) else "images"
+                template = json.dumps(NameTemplate(ALL_FOLDERS, suffix).format())
+                return (
+                    f"give a mapping file (--mapping) with {role}: {{template: {template}}}, for"
+                    f" the column with the names, which searches all folders"
+                )
         return ""
 
     def find(self, names: Sequence[str]) -> NameTemplate | None:
@@ -111,7 +148,7 @@ class TemplateSearch:
             first = f"change to the folder {folder}, in which the paths start"
         return (
             f"{first}, or give a mapping file (--mapping) with {' or '.join(shown)}, for the column"
-            " with the names"
+            f" with the names; {ALL_FOLDERS} at the start searches all folders"
         )
 
     def _list_folders(self) -> list[str]:
@@ -122,16 +159,20 @@ class TemplateSearch:
             self._folders = ["", *sorted(found)[:MAX_SEARCHED_FOLDERS]]
         return self._folders
 
+    def _list_names(self, folder: str) -> list[str]:
+        """Return the names in a folder, which is listed once."""
+        if folder not in self._names:
+            entries = list_entries(os.path.join(self._folder, folder))
+            self._names[folder] = [entry.name for entry in entries]
+        return self._names[folder]
+
     def _exists(self, file: str) -> bool:
         return os.path.isfile(os.path.join(self._folder, file))
 
     def _find_named(self, name: str) -> list[NameTemplate]:
         """Return the templates of files that have a name or a path in one of the folders."""
-        suffixes: tuple[str, ...] = COMMON_SUFFIXES
-        if Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
-            suffixes = ("",)
         templates: list[NameTemplate] = []
-        for folder, suffix in itertools.product(self._list_folders(), suffixes):
+        for folder, suffix in itertools.product(self._list_folders(), _list_suffixes(name)):
             template = NameTemplate(folder, suffix)
             if self._exists(template.fill(name)):
                 templates.append(template)
@@ -144,8 +185,8 @@ class TemplateSearch:
         templates: dict[NameTemplate, None] = {}
         pattern = re.compile(rf"(?P<prefix>(?:.*[^0-9])?)(?P<zeros>0*){number}(?P<suffix>\.[^.]+)")
         for folder in self._list_folders():
-            for entry in list_entries(os.path.join(self._folder, folder)):
-                match = pattern.fullmatch(entry.name)
+            for name in self._list_names(folder):
+                match = pattern.fullmatch(name)
                 if match is None or match["suffix"] not in COMMON_SUFFIXES:
                     continue
                 width = 0

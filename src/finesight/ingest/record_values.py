@@ -15,7 +15,11 @@ from typing import Any, Final, NamedTuple
 from finesight.errors import suggest_name
 from finesight.files.bounded_files import parse_unique_json
 from finesight.ingest.field_path import EACH, FieldPath, PathStep, format_key, join_location
-from finesight.ingest.formats.dataset_format import describe_value, dump_json
+from finesight.ingest.formats.dataset_format import (
+    decode_base64_text,
+    describe_value,
+    dump_json,
+)
 from finesight.ingest.mapping import (
     GROUPED_ROWS,
     Condition,
@@ -153,6 +157,8 @@ class RecordValues:
     # Items of `zip` are built for the mapping. Each of their values has a slot in the record.
     _origins: dict[Slot, Slot] = field(default_factory=dict)
     _zipped: list[Record] = field(default_factory=list)
+    # Key and value of the items that a lookup did not select, by its list and by item.
+    _unselected: dict[str, dict[Slot | None, list[Scope]]] = field(default_factory=dict)
 
     def read(self, path: FieldPath, scope: Scope, role: str) -> Any:
         """Return the value at a path: a list with an item for each value of `*`, if it has one.
@@ -369,18 +375,24 @@ class RecordValues:
             found = _translate(found, value.values, role)
         if isinstance(value.lookup, Lookup):
             found = self._look_up(found, value.lookup, scope, role)
-        if value.write == "json" and not isinstance(found, str):
+        is_chosen = value.lookup in ("choices", "letters")  # the choices are written
+        if value.write == "json" and not isinstance(found, str) and not is_chosen:
             found = write_json(found, role)
         return found
 
     def _look_up(self, found: Any, lookup: Lookup, scope: Scope, role: str) -> Any:
         """Return the value of the item whose key is equal to a value."""
         matches: list[Any] = []
+        unselected = self._unselected.setdefault(lookup.list.text, {})
         for item in self.list_items(lookup.list, scope):
-            key = self.read(lookup.key, item, role)
-            value = self.read(lookup.value, item, role)
+            parts: list[Scope] = []
+            key = self._find(lookup.key, item, parts)
+            value = self._find(lookup.value, item, parts)
             if format_key_text(key) == format_key_text(found):
                 matches.append(value)
+                self._use(parts, role)
+            else:
+                unselected[item.slot] = parts
         if len(matches) != 1:
             raise InvalidRowError(
                 f"{len(matches)} items of {lookup.list.text} have the {lookup.key.text} of the"
@@ -389,6 +401,16 @@ class RecordValues:
                 "correct the row, or the lookup of the mapping",
             )
         return matches[0]
+
+    def discard_unselected(self) -> Counter[str]:
+        """Mark items that no lookup selected as used, and count them."""
+        counts: Counter[str] = Counter()
+        for list_path, items in self._unselected.items():
+            for parts in items.values():
+                slots = {self._origins.get(one.slot, one.slot) for one in parts if one.slot}
+                counts[list_path] += slots.isdisjoint(self._used)
+                self._used |= slots
+        return counts
 
     def evaluate_text(self, value: Value, scope: Scope, role: str) -> str:
         """Return the value of a role as text. Raises InvalidRowError if it is empty or no text."""
@@ -732,7 +754,7 @@ def _translate(value: Any, values: Mapping[str, Any], role: str) -> Any:
 
 
 def parse_texts(record: Record, paths: Sequence[tuple[FieldPath, str]]) -> Record:
-    """Return a record whose texts at some paths are parsed as JSON or as a Python literal."""
+    """Return a record whose texts at some paths are parsed or decoded by their notation."""
     for path, notation in paths:
         parse_text = functools.partial(_parse_text, notation=notation)
         record = replace_at(record, path, path.steps, parse_text)
@@ -794,15 +816,23 @@ def _parse_text(value: object, location: str, notation: str) -> object:
             f"{notation.capitalize()} as text",
             "remove it from parse",
         )
+    decoded = decode_base64_text(value, min_chars=1)
+    if notation == "base64" and decoded is not None:
+        return decoded
     try:
+        if notation == "base64":
+            raise ValueError("no text")
         if notation == "json":
             check_json(value.encode(errors="replace"), "")
             return parse_unique_json(value)
         check_limit(len(value), MAX_LITERAL_CHARS, "characters of a Python literal")
         return _to_json_types(ast.literal_eval(value))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        remedy = "correct the row, or remove it"
+        if decoded is not None:
+            remedy = f"give [base64, {notation}] in parse: the text is base64"
         raise InvalidRowError(
             f"{location} is not valid {notation}: {describe_value(value)}",
             f"{notation} as text",
-            "correct the row, or remove it",
+            remedy,
         ) from error

@@ -7,7 +7,6 @@ naming the others (`--map`), by a mapping file, or by the answer to a question.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from finesight.ingest.formats.table import (
     format_media_options,
     get_cell,
     guess_columns,
+    has_inner_text,
     is_answer_name,
     is_row_name,
     join_words,
@@ -30,7 +30,6 @@ from finesight.ingest.formats.table import (
     split_column_names,
 )
 from finesight.ingest.row_reader import Record
-from finesight.samples.image_file import is_image_value
 
 MAX_SHOWN_CHARS = 40
 """Maximum length of a value in a proposal."""
@@ -253,23 +252,21 @@ class RoleProposal:
 
         Such a value may be the real question or answer.
         """
-        inner = list(filter(self._has_inner_values, self.list_unused()))
-        if not inner:
-            return
-        guess = ", ".join(map("=".join, self.columns.items()))
-        raise UnassignedKeysError(
-            f"{_format_names(inner)}: values inside of lists or objects would be left out, which"
-            f" may be the question or the answer (guessed roles: {guess})",
-            self._keep_media(),
-            where=where,
-            expected="a role for each key, which the names do not state",
-            remedy="name the columns by --map image=COLUMN, --map answer=COLUMN and so on, which"
-            " leaves out all others",
-        )
-
-    def _has_inner_values(self, name: str) -> bool:
-        values = self._read(name)
-        return any(isinstance(value, dict | list) and _has_inner_value(value) for value in values)
+        inner: dict[str, object] = {}
+        for name in self.list_unused():
+            value = next(filter(has_inner_text, self._read(name)), None)
+            if value is not None:
+                inner[name] = value
+        if inner:
+            raise UnassignedKeysError(
+                f"texts inside of lists or objects may be the question or the answer:"
+                f" {format_values(inner)}",
+                self._keep_media(),
+                where=where,
+                expected="a role for each key, which the names do not state",
+                remedy="name the columns by --map image=COLUMN, --map answer=COLUMN and so on,"
+                " which leaves out all others",
+            )
 
 
 class UnassignedKeysError(UnknownRolesError):
@@ -327,16 +324,3 @@ def _format_value(value: object) -> str:
     if isinstance(value, bytes) or (isinstance(value, dict) and value.get("bytes")):
         return "an image"
     return shorten(repr(value), MAX_SHOWN_CHARS)
-
-
-def _has_inner_value(value: object) -> bool:
-    """Return whether a list or object contains texts or further objects.
-
-    Names of files are no such texts.
-    """
-    if isinstance(value, dict):
-        return any(map(has_value, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_inner_value, value))
-    is_text = isinstance(value, str) and not is_image_value(value)
-    return is_text and re.search(r"[^\W\d_]", str(value)) is not None

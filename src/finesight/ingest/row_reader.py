@@ -1106,6 +1106,12 @@ def _name_classes(value: Any, feature: Any) -> Any:
 TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
 
 
+CONTENT_SUFFIXES = frozenset({*TEXT_SUFFIXES, "json"})
+"""Suffixes of the files of a sample whose content is read; `gt.txt` and `box.json` are, too."""
+
+_PLAIN_IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+
+
 def is_tar_file(path: Path) -> bool:
     """Return whether a file has the suffix of an uncompressed tar."""
     return path.suffix.lower() == ".tar"
@@ -1120,7 +1126,11 @@ def is_webdataset(path: Path) -> bool:
         first_record = None
         for members in iter_member_groups(tar):
             suffixes = {split_member_name(member)[1] for member in members}
-            if not any(map(_is_image_suffix, suffixes)) or not suffixes & {*TEXT_SUFFIXES, "json"}:
+            has_text = not suffixes.isdisjoint(CONTENT_SUFFIXES)
+            # Stems of other files may have dots: `page.1.png` and `page.1.txt`.
+            if not has_text and not suffixes.isdisjoint(_PLAIN_IMAGE_SUFFIXES):
+                has_text = any(_get_last_suffix(one) in CONTENT_SUFFIXES for one in suffixes)
+            if not has_text or not any(map(_is_image_suffix, suffixes)):
                 return False
             first_record = first_record or _build_record(tar, members)
         return first_record is not None and "imagePath" not in first_record
@@ -1150,7 +1160,12 @@ def open_webdataset(source: Path) -> RowReader:
 
 
 def _is_image_suffix(suffix: str) -> bool:
-    return f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
+    return f".{_get_last_suffix(suffix)}" in IMAGE_SUFFIXES
+
+
+def _get_last_suffix(suffix: str) -> str:
+    """Return the part of a suffix after its last dot."""
+    return suffix.rpartition(".")[2]
 
 
 def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
@@ -1166,13 +1181,16 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     for suffix, member in image_members.items():
         record["image" if len(image_members) == 1 else suffix] = _read_member(tar, member)
     for suffix, member in by_suffix:
-        if suffix in TEXT_SUFFIXES or suffix == "json":
+        if _get_last_suffix(suffix) in CONTENT_SUFFIXES and suffix not in image_members:
             path, remedy = Path(f"{tar.archive}, {member.name}"), "create the tar again"
             with translate_os_errors(path, expected="a text in UTF-8", remedy=remedy):
                 text = _read_member(tar, member).decode().rstrip("\r\n")
-            values: Record = {suffix: text}
-            if suffix == "json":
-                values = _parse_member_json(text, member, tar.archive)
+            content: Any = text
+            if _get_last_suffix(suffix) == "json":
+                content = _parse_member_json(text, member, tar.archive)
+            values: Record = {suffix: content}
+            if suffix == "json" and isinstance(content, dict):
+                values = content
             clashing = {key: value for key, value in values.items() if key in record}
             record = {**values, **record}
             for key, value in clashing.items():
@@ -1183,12 +1201,11 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     return record
 
 
-def _parse_member_json(text: str, member: tarfile.TarInfo, source: Path) -> Record:
+def _parse_member_json(text: str, member: tarfile.TarInfo, source: Path) -> Any:
     check_json(text.encode(), f"{source}, {member.name}")
     what, expected = f"{member.name}: broken JSON", "JSON in each .json file"
     with translate_errors(what, expected, "create the tar again", str(source)):
-        content = parse_unique_json(text)
-    return content if isinstance(content, dict) else {"json": content}
+        return parse_unique_json(text)
 
 
 def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:

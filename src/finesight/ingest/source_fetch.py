@@ -336,11 +336,25 @@ def fetch_source(
         work_folder = folder / UNPACK_FOLDER
         copies = is_remote or options.copy_images
         options = replace(options, copy_images=copies, allowed_root=work_folder)
-        if is_remote and not is_web_url:
-            yield _fetch_hub_dataset(source, work_folder, options)
-        else:
-            file = fetch_url(source, hosts, downloads) if is_web_url else path
-            yield _prepare_file(file, work_folder, options)
+        with _name_source(source, work_folder):
+            if is_remote and not is_web_url:
+                yield _fetch_hub_dataset(source, work_folder, options)
+            else:
+                file = fetch_url(source, hosts, downloads) if is_web_url else path
+                yield _prepare_file(file, work_folder, options)
+
+
+@contextlib.contextmanager
+def _name_source(source: str, work_folder: Path) -> Iterator[None]:
+    """Name the source in an error instead of its temporary folder."""
+    try:
+        yield
+    except UserError as error:
+        for name in ("what", "where", "expected", "remedy"):
+            text = getattr(error, name)
+            if isinstance(text, str):
+                setattr(error, name, text.replace(str(work_folder), source))
+        raise
 
 
 def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> FetchedSource:

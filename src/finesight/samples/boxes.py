@@ -599,7 +599,8 @@ MIN_EXTENT = 0.1
 COORDINATE_REMEDIES = {
     "boxes": "give --box-units pixel, 1000, 100, 1 or resized at import, which converts"
     " [x1, y1, x2, y2] and (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in"
-    " questions, write them as box parts of samples",
+    " questions, write them as box parts of samples; in calls of tools, they stay: the definition"
+    " of a tool states its units",
     "points": "write them as point_2d in JSON, or as point parts of samples, which are converted",
 }
 

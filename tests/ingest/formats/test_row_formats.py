@@ -7,6 +7,7 @@ fine-tuning", and the tutorials of Qwen2-VL. Images are a.png of 40 x 20 pixels 
 """
 
 import base64
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 from box_fixtures import list_turns, parse_record
 from case_files import load_cases
+from image_fixtures import write_jsonl
 
 from finesight.errors import UserError
 from finesight.ingest.formats import detect_format, get_format
 from finesight.ingest.formats.dataset_format import UnexpectedPlaceholderError, split_preference
-from finesight.samples.sample import join_text, sample_to_dict, validate_sample
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import import_dataset
+from finesight.samples.sample import join_text, read_samples, sample_to_dict, validate_sample
 
 CASES = load_cases("row_formats")
 TOOL_ROWS = load_cases("tools_in_rows")
@@ -207,3 +211,28 @@ def test_tool_calls_of_all_formats_are_equal(folder: Path, name: str) -> None:
     assert result == ["tool", {"type": "text", "text": "blank"}]
     assert answer == ["assistant", {"type": "text", "text": "None."}]
     assert [message.loss for message in sample.messages] == [True, "masked" not in name, True, True]
+
+
+def test_reasoning_before_the_call_of_a_tool_is_kept(folder: Path) -> None:
+    row = copy.deepcopy(TOOL_ROWS["llama-factory"])
+    row["conversations"][1]["value"] = "<think>Too small.</think>\n" + json.dumps(
+        [{"name": "zoom", "arguments": {"box": [1, 2]}}, {"name": "zoom", "arguments": {}}]
+    )
+    source = write_jsonl(folder / "rows.jsonl", [row])
+    import_dataset(source, folder / "out", ImportOptions())
+    (sample,) = read_samples(folder / "out" / "data.jsonl")
+    thought, *calls = sample.messages[1].content
+    assert thought.text == "<think>Too small.</think>"
+    assert [call.arguments for call in calls] == [{"box": [1, 2]}, {}]
+
+
+def test_error_of_a_placeholder_names_other_keys_with_files(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "Two."}]
+    row = {"conversations": turns, "stills": ["a.png", "a.png"]}
+    source = write_jsonl(folder / "rows.jsonl", [row])
+    with pytest.raises(UserError, match="placeholder without an image") as caught:
+        import_dataset(source, folder / "out", ImportOptions())
+    assert "files under 'stills'" in str(caught.value.remedy)
+    fixed = {"conversations": turns, "videos": [row["stills"]]}
+    write_jsonl(source, [fixed])
+    import_dataset(source, folder / "fixed", ImportOptions())

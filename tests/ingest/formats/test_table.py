@@ -1,12 +1,14 @@
 """Any table, read by the columns that the user names."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import list_turns, parse_record, summarize_content
+from box_fixtures import import_samples, list_turns, parse_record, summarize_content
 from case_files import load_cases
+from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.errors import UserError
 from finesight.ingest.formats.dataset_format import ImportExample
@@ -19,7 +21,7 @@ from finesight.ingest.formats.table import (
     suggest_mapping,
 )
 from finesight.samples.boxes import InvalidBoxError
-from finesight.samples.sample import InvalidRowError
+from finesight.samples.sample import BoxPart, InvalidRowError, join_text
 
 CASES = load_cases("table")
 
@@ -91,13 +93,13 @@ def test_invalid_rows_are_rejected(folder, record, columns, what):
 
 def test_column_mapping_is_suggested_and_shell_quoted():
     names = ["image_path", "captions", "bbox_xyxy", "n"]
-    assert suggest_mapping(dict.fromkeys(names)) == (
+    assert suggest_mapping([{**dict.fromkeys(names), "bbox_xyxy": [1, 2, 9, 9]}]) == (
         "--map image=image_path --map answer=captions --map box=bbox_xyxy"
     )
-    assert suggest_mapping({"n": 1}) == "--map image=COLUMN --map answer=COLUMN"
+    assert suggest_mapping([{"n": 1}]) == "--map image=COLUMN --map answer=COLUMN"
     names = ["file name", "Caption "]
     mapping = "--map 'image=file name' --map 'answer=Caption '"
-    assert suggest_mapping(dict.fromkeys(names)) == mapping
+    assert suggest_mapping([dict.fromkeys(names)]) == mapping
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,66 @@ def test_guessed_roles_are_rejected(name: str) -> None:
 
 @pytest.mark.parametrize(("record", "options"), CASES["test_mapping_is_suggested_by_values"])
 def test_mapping_is_suggested_by_values(record: dict[str, Any], options: str) -> None:
-    assert suggest_mapping(record) == options
+    assert suggest_mapping([record]) == options
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_box_column_without_boxes_is_not_suggested(empty: object) -> None:
+    rows = [{"photo": f"{n}.png", "bbox": empty, "caption": "a cup"} for n in range(3)]
+    assert guess_columns(rows) == {"image": "photo", "answer": "caption"}
+    assert "bbox" not in suggest_mapping([{"name": "a", "bbox": empty}])
+    rows[2]["bbox"] = [1, 2, 9, 9]
+    assert guess_columns(rows)["box"] == "bbox"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "image"),
+    [
+        ("a{}.png", "a{}.png", "file"),
+        ("a{}.png", "shots/a{}.png", "copy"),
+        ("shots/a{}.png", "a{}.png", "file"),
+        ("left/a{}.png", "right/a{}.png", "file,copy"),
+        ("a{}.png", "b{}.png", "file,copy"),
+    ],
+)
+def test_two_names_of_one_image(first: str, second: str, image: str) -> None:
+    rows = [
+        {"file": first.format(n), "copy": second.format(n), "caption": "a cup"} for n in range(3)
+    ]
+    assert guess_columns(rows)["image"] == image
+
+
+def test_names_of_splits_are_no_answer() -> None:
+    rows = [{"photo": f"{n}.png", "part": "val", "told": "a cup"} for n in range(3)]
+    assert guess_columns(rows) == {"image": "photo", "answer": "told"}
+
+
+def test_options_of_some_rows_are_a_part_of_the_question(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png")
+    base = {"photo": "a.png", "question": "What?", "option_A": "cup", "option_B": "hat"}
+    rows = [{**base, "answer": "B"}, {**base, "option_C": "pen", "answer": "C"}]
+    columns = guess_columns(rows)
+    assert columns["question"] == "question,option_A,option_B,option_C"
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    samples = import_samples(source, tmp_path / "out", columns=columns)[0]
+    questions = [sample.messages[0].content[-1].text for sample in samples]
+    assert questions == [
+        "What?\nA. cup\nB. hat",
+        "What?\nA. cup\nB. hat\nC. pen",
+    ]
+
+
+@pytest.mark.parametrize("value", [{"raw": "x", "n": 1}, [{"raw": "x"}], [["x"], ["y"]]])
+def test_remedy_for_a_structure_as_the_answer_names_keys_or_json(
+    tmp_path: Path, value: object
+) -> None:
+    write_gray_image(tmp_path / "a.png")
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"photo": "a.png", "told": value}])
+    columns = {"image": "photo", "answer": "told"}
+    with pytest.raises(UserError) as caught:
+        import_samples(source, tmp_path / "out", columns=columns, prompt="")
+    assert "answer: {path: told, write: json}" in str(caught.value.remedy)
+    assert ("answer=told.raw" in str(caught.value.remedy)) == ("raw" in str(value))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +277,7 @@ def test_options_with_letters_get_no_second_one(
     ],
 )
 def test_suggested_mapping_has_the_best_columns(record: dict[str, Any], expected: str) -> None:
-    assert suggest_mapping(record) == expected
+    assert suggest_mapping([record]) == expected
 
 
 def test_list_of_options_follows_the_question(folder: Path) -> None:
@@ -309,3 +370,19 @@ def test_boxes_in_columns_of_unknown_names(boxes: list[Any], expected: str | Non
     records = [dict(zip("abcd", box, strict=True)) for box in boxes]
     assert find_box_format(records, "a,b,c,d", [(200, 100)] * 2) == expected
     assert find_box_format(records, "a,b,c,d", [(200, 100), None]) is None
+
+
+@pytest.mark.parametrize(("units", "num_boxes"), [(None, 0), ("pixel", 2)])
+def test_units_convert_boxes_inside_of_fields(tmp_path: Path, units: Any, num_boxes: int) -> None:
+    write_gray_image(tmp_path / "a.png", 40, 20)
+    spots = [{"spot": [1, 2, 9, 12], "kind": "dent"}, {"spot": [3, 4, 30, 18], "kind": "dent"}]
+    row = {"photo": "a.png", "found": {"spots": spots, "state": "bent"}}
+    source = write_jsonl(tmp_path / "rows.jsonl", [row])
+    columns = {"image": "photo", "fields": "found.spots,found.state"}
+    (sample,), _ = import_samples(
+        source, tmp_path / "out", columns=columns, prompt="?", box_units=units
+    )
+    boxes = [part.xyxy for part in sample.messages[-1].content if isinstance(part, BoxPart)]
+    assert boxes == [(1, 2, 9, 12), (3, 4, 30, 18)][:num_boxes]
+    if not boxes:
+        assert json.loads(join_text(sample.messages[-1].content)) == row["found"]

@@ -135,3 +135,36 @@ def test_declared_encodings(root: Path, tmp_path: Path, encoding: str) -> None:
     (root / "Annotations" / "2007_000027.xml").write_bytes(content)
     samples, _ = import_samples(root, tmp_path / "out")
     assert list_answers(samples)[0][1] == ("犬", (0, 0.5, 40, 20))
+
+
+SHAPES = (
+    "<objects><object><name>ship</name><points><p>1,2</p><p>3,4</p></points></object></objects>"
+)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        SHAPES,
+        SHAPES.replace("object", "item"),
+        f"<layer><group>{SHAPES}</group></layer>",
+        "<object><name>tug</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax>"
+        f"</bndbox></object>{SHAPES}",
+    ],
+)
+@pytest.mark.parametrize("prompt", [None, "Find all ships."])
+def test_objects_of_another_format_are_not_left_out(
+    root: Path, tmp_path: Path, foreign: str, prompt: str | None
+) -> None:
+    content = EMPTY.replace("</annotation>", f"{foreign}</annotation>")
+    (root / "Annotations" / "b.xml").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="perhaps the objects of another format") as caught:
+        import_samples(root, tmp_path / "out", prompt=prompt)
+    assert "xmin,ymin,xmax,ymax,label" in str(caught.value.remedy)
+
+
+def test_nested_metadata_beside_objects_is_listed(root: Path, tmp_path: Path) -> None:
+    metadata = "<source><image><url>x</url></image></source>"
+    annotate(root, ANNOTATION.replace("<segmented>", f"{metadata}<segmented>"))
+    _, summary = import_samples(root, tmp_path / "out")
+    assert any(key.startswith("source of annotation") for key in summary.other_keys)

@@ -24,6 +24,7 @@ from finesight.samples.sample import (
     Message,
     Sample,
     TextPart,
+    ToolCallPart,
     VideoPart,
     build_video_as_image_error,
     is_video_path,
@@ -295,6 +296,7 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
     for index, message in enumerate(sample.messages):
         # As in the chat template, a tag may extend over several text parts.
         parts = [part for part in message.content if isinstance(part, TextPart | BoxPart)]
+        has_calls = ToolCallPart in map(type, message.content)
         pieces = (part.text if isinstance(part, TextPart) else "<box>" for part in parts)
         text, turn = "".join(pieces), f"message {index}, of the {message.role},"
         is_at_start, others = text.lstrip().startswith("<think>"), _CODE.sub("", text).lstrip()
@@ -312,7 +314,7 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
         elif tags and (tags != ["<think>", "</think>"] or not is_at_start):
             code, problem = "unpaired-reasoning", f"has {shorten(' '.join(tags), 60)}"
             problem += "" if is_at_start else " after other text"
-        elif tags and not text.rpartition("</think>")[2].strip():
+        elif tags and not (text.rpartition("</think>")[2].strip() or has_calls):
             code, problem = "empty-answer", "ends with </think>"
         elif other and not tags and (other["end"] or other["closed"] or other.start() == 0):
             code = "unpaired-reasoning" if other["closed"] else "misplaced-reasoning"

@@ -111,7 +111,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     has_names = names != list(map(str, range(1, len(names) + 1)))
     mapping = _suggest_mapping(names if has_names else list(map(str, records[0].values())))
     if closest is table.COMPONENT:
-        columns = table.suggest_mapping(records[0]) if has_names or not mapping else mapping
+        columns = table.suggest_mapping(records) if has_names or not mapping else mapping
         suggestion = f"name its columns, perhaps with {columns}"
     if has_names and mapping:
         suggestion += f"; if the first line contains values, import with --no-header {mapping}"

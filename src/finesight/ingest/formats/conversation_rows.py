@@ -120,6 +120,9 @@ _TOOLS_IN_PROMPT = re.compile(
 )
 """Definitions of tools in a system prompt, as in the chat templates of Qwen."""
 
+_REASONING = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
+"""Reasoning before the call of a tool in the same text."""
+
 _BOX_TAG = re.compile(r"<box>\s*[\[(]|<\|box_start\|>")
 
 _RESULT_TEXT = re.compile(r"(?s)(?:(?<!\s)\s++)?<tool_response>\n?(.*?)\n?</tool_response>\s*")
@@ -317,6 +320,8 @@ class RowMedia(RowImages):
         self.listed = {"image": list_images(record), "video": list_videos(record)}
         for kind, files in self.listed.items():
             check_limit(len(files), MAX_PARTS, f"{kind}s")
+        used = (*IMAGE_KEYS, *VIDEO_KEYS)
+        self._other_media = [k for k, v in record.items() if k not in used and is_image_value(v)]
         self._num_marked = num_marked
         self._placed: dict[str, set[int]] = {kind: set() for kind in self.listed}
         self._order = {kind: iter(range(len(files))) for kind, files in self.listed.items()}
@@ -338,10 +343,15 @@ class RowMedia(RowImages):
                 article = "an" if kind == "image" else "a"
                 number = "" if index is None else f" of the index {index!r}"
                 num_listed = format_count(len(files), kind)
+                remedy = f"add the {kind}, or remove the placeholder"
+                if self._other_media:
+                    name = self._other_media[0]
+                    remedy = f"the row has files under {name!r}, which is no key of this format:"
+                    remedy += " rename it to `images`, or to `videos` for the frames of a video"
                 raise PlaceholderCountError(
                     f"a placeholder without {article} {kind}{number}: {num_listed} listed",
                     expected=f"{article} {kind} under `{kind}s` per placeholder, or a path in it",
-                    remedy=f"add the {kind}, or remove the placeholder",
+                    remedy=remedy,
                 )
             placed.add(index)
             value = files[index]
@@ -594,7 +604,12 @@ def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Tu
     if role == "assistant":
         calls = [call for key in CALL_KEYS for call in as_list(decode_json(turn.get(key)))]
         if _CALL_ROLES.fullmatch(_get_speaker(turn)):
-            calls, content = as_list(decode_json(content)), ""
+            reasoning_block = ""
+            if isinstance(content, str) and (match := _REASONING.match(content)):
+                reasoning_block = match[1]
+                content = content[match.end() :]
+            calls = as_list(decode_json(content))
+            content = reasoning_block
         content = "" if content is None and calls else content
     others, loss = _split_loss(turn, role)
     reasoning = format_reasoning(sort_turn_keys(others, role, text_key, context), str(content))

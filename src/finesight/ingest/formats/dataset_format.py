@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import itertools
 import json
 import math
@@ -179,6 +180,22 @@ _LEADING_MEDIA = re.compile(rf"(?:(?:<image>|<video>|{NUMBERED_IMAGE.pattern})\n
 
 class UnexpectedPlaceholderError(UserError):
     """Raised when a text contains an image or box placeholder of another format."""
+
+
+MIN_BASE64_CHARS = 32
+"""Minimum length of a text that is recognized as base64; shorter ones may be words."""
+
+
+def decode_base64_text(text: str, min_chars: int = MIN_BASE64_CHARS) -> str | None:
+    """Decode a text in base64. Returns None for other texts and for binary data."""
+    encoded = "".join(text.splitlines())
+    if len(encoded) < min_chars:
+        return None
+    try:
+        decoded = base64.b64decode(encoded, validate=True).decode()
+    except ValueError:
+        return None
+    return decoded if "".join(decoded.split()).isprintable() else None
 
 
 class InvalidOptionError(UserError):

@@ -149,8 +149,9 @@ PREFERENCE = KeyMeaning(
     " remove the key to train on every answer",
 )
 _REJECTED_NAMES = {
-    "messages": "`rejected_response` as text or `rejected_messages` as turns",
-    "conversations": "`rejected_response` as text or `rejected_conversations` as turns",
+    "messages": "`rejected_response` as text or `rejected_messages` with all turns of the"
+    " conversation",
+    "conversations": "`rejected_response` as text or `rejected_conversations` with all turns",
     "response": "`rejected_response`",
 }
 """Keys of the worse answer of a row, by the key of its turns or of its better answer."""

@@ -20,6 +20,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import PurePosixPath
 from string import ascii_uppercase
 from types import NoneType
 from typing import get_args
@@ -62,6 +63,7 @@ from finesight.ingest.formats.row_keys import (
     find_meaning,
     has_value,
 )
+from finesight.ingest.formats.split_folders import SPLIT_ALIASES
 from finesight.ingest.row_reader import ClassNames, Record, SourceRow
 from finesight.samples.boxes import (
     BoxConvention,
@@ -221,10 +223,11 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
 
     Several unknown columns with text become the fields of a JSON answer.
     """
-    names = list(map(str, records[0]))
+    names = list_names(records)
     images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
     # A URL beside a file or an embedded image is where it was downloaded from.
     files = [name for name in images if not _has_values(records, name, _is_url, 0)]
+    files = _omit_repeated_names(records, files)
     inputs = (files or images)[:1]
     for name in files[1:]:
         if not _NO_INPUT_IMAGE.fullmatch(name):
@@ -242,6 +245,7 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         and not (is_row_name(name) or _NO_ANSWER_NAME.fullmatch(name))
         and not (counts_rows(records, name, media) or numbers_rows(records, name))
         and not _has_identifiers(records, name)
+        and (is_answer_name(name) or not _has_values(records, name, _is_split, 0.9))
         and _has_values(records, name, _is_text, 0)
     ]
     question, answer = _find_pair(others)
@@ -276,6 +280,44 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         # A comma separates the names of several columns.
         columns["fields"] = ",".join(name for name in others if "," not in name)
     return columns
+
+
+def list_names(records: Sequence[Record]) -> list[str]:
+    """Return the names of the columns of all records."""
+    names: dict[str, None] = {}
+    for record in records:
+        names.update(dict.fromkeys(map(str, record)))
+    return list(names)
+
+
+def _omit_repeated_names(records: Sequence[Record], columns: Sequence[str]) -> list[str]:
+    """Return the columns of images without those that repeat the file names of another one.
+
+    Of `2.jpg` and `photos/2.jpg`, the path is kept. Files of equal names in two folders differ.
+    """
+    distinct: list[str] = []
+    for name in columns:
+        if any(_repeats_names(records, name, one) for one in distinct):
+            continue
+        distinct = [one for one in distinct if not _repeats_names(records, one, name)]
+        distinct.append(name)
+    return distinct
+
+
+def _repeats_names(records: Sequence[Record], column: str, other: str) -> bool:
+    """Return whether a column has the paths of another one, or their file names."""
+    for record in records:
+        value = record.get(column)
+        path = record.get(other)
+        is_text = isinstance(value, str) and isinstance(path, str)
+        if not is_text or value not in (path, PurePosixPath(str(path)).name):
+            return False
+    return True
+
+
+def _is_split(value: object) -> bool:
+    """Return whether a value is the name of a split."""
+    return isinstance(value, str) and value.strip().lower() in SPLIT_ALIASES
 
 
 def is_answer_name(name: str) -> bool:
@@ -434,7 +476,7 @@ def _guess_box_columns(records: Sequence[Record], names: Sequence[str]) -> dict[
     """Return the columns of boxes and labels, also inside an object such as `objects`."""
     folders: dict[str, str] = {}
     for name in names:
-        item = next(iter(as_list(records[0][name])), None)
+        item = next(iter(as_list(records[0].get(name))), None)
         if isinstance(item, dict):
             folders |= {f"{name}.{key}": f"{name}." for key in item}
         else:
@@ -445,7 +487,7 @@ def _guess_box_columns(records: Sequence[Record], names: Sequence[str]) -> dict[
         for variant in itertools.chain(*_BOX_COLUMNS.values())
         if by_coordinate.keys() >= set(variant.split(","))
     ]
-    box = next((name for name in candidates if _list_boxes(records, name) is not None), None)
+    box = next((name for name in candidates if _list_boxes(records, name)), None)
     if box is None:
         return {}
     box_names = box.split(",")
@@ -459,7 +501,10 @@ def _guess_box_columns(records: Sequence[Record], names: Sequence[str]) -> dict[
 
 
 def _list_boxes(records: Iterable[Record], column: str) -> list[list[float]] | None:
-    """Return the boxes of a column; None if over a tenth of its cells are no boxes."""
+    """Return the boxes of a column; None if over a tenth of its cells are no boxes.
+
+    The list is empty for a column without values.
+    """
     boxes: list[list[float]] = []
     num_invalid = 0
     for record in records:
@@ -545,9 +590,9 @@ def has_unknown_texts(records: Sequence[Record], columns: Mapping[str, str]) -> 
     return len(names) == 2 and "question" not in columns and is_text
 
 
-def suggest_mapping(record: Record) -> str:
-    """Suggest `--map` options for a record, by the values or the names of its columns."""
-    columns = suggest_columns(record)
+def suggest_mapping(records: Sequence[Record]) -> str:
+    """Suggest `--map` options for records, by the values or the names of their columns."""
+    columns = suggest_columns(records)
     if columns.keys().isdisjoint(MEDIA_ROLES):
         columns["image"] = "COLUMN"
     if not any(map(columns.get, ("answer", "fields", "box"))):
@@ -556,20 +601,46 @@ def suggest_mapping(record: Record) -> str:
     return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
 
 
-def suggest_columns(record: Record) -> dict[str, str]:
-    """Suggest the columns of a record by role, by their values or their names."""
-    columns = guess_columns([record])
+def suggest_columns(records: Sequence[Record]) -> dict[str, str]:
+    """Suggest the columns of records by role, by their values or their names.
+
+    Only those of images and videos are suggested if a text inside of a list or an object would be
+    left out: it may be the question or the answer.
+    """
+    columns = guess_columns(records)
     if columns.keys().isdisjoint(MEDIA_ROLES):
         columns = {}
+        names = list_names(records)
         for role in ("image", "video", "answer", "question", "box"):
-            column = _find_fitting_column(record, role)
+            column = _find_fitting_column(records, role)
             is_second = role == "video" and "image" in columns
             if column is not None and column not in columns.values() and not is_second:
                 columns[role] = column
         if "question" in columns:
-            others = [name for name in record if name not in columns.values()]
+            others = [name for name in names if name not in columns.values()]
             columns["question"] = ",".join([columns["question"], *_list_options(others)])
+    for record in records:
+        for name in list_unused_columns(record, columns):
+            if has_inner_text(get_cell(record, name)):
+                return {role: columns[role] for role in MEDIA_ROLES if role in columns}
     return columns
+
+
+def has_inner_text(value: object) -> bool:
+    """Return whether a list or an object contains a text or an object with values.
+
+    Names of files are no such texts.
+    """
+    if isinstance(value, dict):
+        return not value.get("bytes") and any(map(has_value, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_is_inner_text, value))
+    return False
+
+
+def _is_inner_text(value: object) -> bool:
+    is_text = isinstance(value, str) and not is_image_value(value)
+    return has_inner_text(value) or (is_text and _is_word(value))
 
 
 def suggest_numbered_mapping(
@@ -611,15 +682,17 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str) and re.search(r"[^\W\d_]", value) is not None
 
 
-def _find_fitting_column(record: Record, role: str) -> str | None:
-    """Return the column whose name and value fit a role.
+def _find_fitting_column(records: Sequence[Record], role: str) -> str | None:
+    """Return the column whose name and values fit a role. Without values, it has no boxes.
 
     A column with a known name precedes one whose name contains it.
     """
     fitting: list[str] = []
-    for key, value in record.items():
+    for key in list_names(records):
         is_allowed = role in MEDIA_ROLES or not is_row_name(key)
-        if is_allowed and (_is_empty(value) or _fits_role(value, role)):
+        filled = [value for record in records if not _is_empty(value := record.get(key))]
+        has_content = bool(filled) or role != "box"
+        if is_allowed and has_content and all(_fits_role(value, role) for value in filled):
             fitting.append(key)
     column = _find_name(fitting, _COMMON_NAMES[role])
     if column is not None:
@@ -681,7 +754,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     options: list[str] = []
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
-        names = find_columns(row.record, "question", context.columns["question"])
+        names = split_column_names(context.columns["question"], row.record)
         _require_texts(names, question, context.columns)
         question, options = _join_cells(names, question)
     if question is not None:
@@ -710,7 +783,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         )
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
     json_answers = _build_json_answers(row, context)
-    answers += [(TextPart(text=f"{answer}{line_end}"), *boxes) for answer in json_answers]
+    for text in json_answers:
+        answer_parts: list[ContentPart] = [TextPart(text=f"{text}{line_end}")]
+        if context.box_units is not None:  # the user states what numbers inside of fields are
+            answer_parts = list(parse_answer(f"{text}{line_end}", images))
+        answers.append((*answer_parts, *boxes))
     if not answers and "box" in context.columns and not {"answer", "fields"} & set(context.columns):
         answers = [boxes or (TextPart(text=NO_OBJECTS_ANSWER),)]
     if boxes and not answers:
@@ -788,7 +865,28 @@ def _list_answers(record: Record, context: ImportContext) -> list[str]:
         return [_to_json(value, column)]
     answers = as_list(value)
     check_limit(len(answers), MAX_ANSWERS, "answers")
+    for answer in answers:
+        if answer and isinstance(answer, dict | list | tuple):
+            raise _build_structure_error(answer, column, is_item=answer is not value)
     return [_get_text(answer, "answer") for answer in answers]
+
+
+def _build_structure_error(value: object, column: str, *, is_item: bool) -> InvalidRowError:
+    """Build the error of a list or an object as an answer.
+
+    Args:
+        is_item: The value is one of several answers.
+    """
+    remedy = (
+        f"as JSON, give a mapping file (--mapping) with answer: {{path: {column}, write: json}}"
+    )
+    if isinstance(value, dict):
+        keys = [f"{column}.{key}" for key in value]
+        remedy = f"for the answer in one of its keys, give --map answer={keys[0]}; {remedy}"
+        if not is_item:
+            fields = shlex.quote(f"fields={','.join(keys)}")
+            remedy = f"for a JSON answer of several keys, give --map {fields}; {remedy}"
+    return InvalidRowError(f"the answer is {str(value)[:60]!r}", "a text or a number", remedy)
 
 
 def _is_joint_answer(value: object, column: str) -> bool:
@@ -1061,25 +1159,6 @@ def _check_media_columns(records: Sequence[Record], columns: Mapping[str, str], 
             )
 
 
-def _check_row_counters(records: Sequence[Record], columns: Mapping[str, str], where: str) -> None:
-    """Reject a JSON answer with a column that perhaps only counts the rows of an image."""
-    names = columns.get("fields", "").split(",")
-    media = format_columns(columns, MEDIA_ROLES)
-    for name in names:
-        if name and _counts_rows(records, name, media):
-            others = [other for other in names if other != name]
-            role = "fields" if len(others) > 1 else "answer"
-            options = format_media_options(columns)
-            raise UserError(
-                f"the column {name!r} counts the rows of each image: it may be a part of the answer"
-                " or only a number",
-                where=where,
-                expected="columns of the answer",
-                remedy=f"without it, give {options} --map {role}={','.join(others)}; as a part of"
-                f" the answer, {options} --map fields={','.join(names)}",
-            )
-
-
 def format_columns(columns: Mapping[str, str], roles: Sequence[str]) -> list[str]:
     """Return the names of all columns with one of the roles."""
     return ",".join(columns[role] for role in roles if role in columns).split(",")
@@ -1103,7 +1182,6 @@ def check_guessed_columns(
             " fields=COLUMN,COLUMN",
         )
     _check_media_columns(records, columns, where)
-    _check_row_counters(records, columns, where)
     mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
     known: dict[str, None] = {}
     for record in records:
@@ -1131,7 +1209,11 @@ def _read_cell(record: Record, context: ImportContext, role: str) -> object:
     column = context.columns.get(role)
     if column is None:
         return None
-    values = [get_cell(record, name) for name in find_columns(record, role, column)]
+    names = [column] if column in record else split_column_names(column, record)
+    # Rows of JSON may lack some of several columns, which the first rows have.
+    if not any(name in record for name in names):
+        names = find_columns(record, role, column)
+    values = [get_cell(record, name) for name in names]
     return values[0] if len(values) == 1 else values
 
 

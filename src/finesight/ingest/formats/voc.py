@@ -52,6 +52,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             expected="<annotation>",
             remedy="remove the file from the folder",
         )
+    _reject_unread_objects(root)
     is_default = context.resolve_convention(BoxConvention()) == BoxConvention()
     is_one_based = is_default and context.box_format is None
     notes = context.row_notes
@@ -73,6 +74,24 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     return build_detection_examples(
         row, context, BoxConvention(), str(image), objects, declared_size=size
     )
+
+
+def _reject_unread_objects(root: ElementTree.Element) -> None:
+    """Reject objects of other formats, which are not directly below the root.
+
+    Metadata may be nested beside objects. In a file without objects, it may be objects of another
+    name, and the image would count as one that shows none.
+    """
+    has_objects = root.find("object") is not None
+    for element in root:
+        is_nested = not has_objects and element.find("./*/*") is not None
+        if element.tag not in _ROOT_TAGS and (is_nested or element.find(".//object") is not None):
+            raise UserError(
+                f"<{element.tag}> with further elements: perhaps the objects of another format",
+                expected="<object> with <name> and <bndbox> directly in <annotation>",
+                remedy="convert the files to Pascal VOC, or to a table with a row per box, such as"
+                f" file,xmin,ymin,xmax,ymax,label; if <{element.tag}> has no objects, remove it",
+            )
 
 
 def _read_xml(file: Path) -> ElementTree.Element:

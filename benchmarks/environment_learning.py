@@ -40,7 +40,6 @@ import torch
 from finesight.train.episode import Episode, EpisodeRunner, add_tools, build_start
 
 from finesight.evaluate.bootstrap import clopper_pearson_interval, tango_interval
-from finesight.evaluate.demonstrations import write_demonstrations
 from finesight.evaluate.environment import Environment
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.infer.engine import build_engine
@@ -50,6 +49,7 @@ from finesight.infer.request import GenerationRequest
 from finesight.samples.sample import LocatedSample, read_samples
 from finesight.settings.config import Device
 from finesight.settings.recipe import recipe_from_dict
+from finesight.synth.demonstrations import write_demonstrations
 from finesight.synth.gui_tasks import write_gui_tasks
 from finesight.synth.small_words import write_small_words
 from finesight.synth.tool_task import ToolTask

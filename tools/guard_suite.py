@@ -23,8 +23,8 @@ from finesight.samples.sample import (
     TextPart,
     write_samples,
 )
-from finesight.synth.drawing import load_builtin_font
 from finesight.synth.tickets import INK_COLOR, PAPER_COLORS, sample_pseudoword
+from finesight.vision.drawing import load_builtin_font
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "finesight" / "assets" / "guard"
 NUM_QUESTIONS = 32

@@ -17,7 +17,7 @@ from typing import Literal
 from PIL import ImageFont
 
 from finesight.errors import UserError
-from finesight.synth.drawing import load_builtin_font
+from finesight.vision.drawing import load_builtin_font
 
 FontSplit = Literal["built-in", "seen", "unseen"]
 """Set of fonts for a task: the built-in font of Pillow, training or evaluation fonts."""

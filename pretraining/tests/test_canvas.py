@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from synthetic_tasks import canvas
 
-from finesight.synth.drawing import load_builtin_font
+from finesight.vision.drawing import load_builtin_font
 
 WHITE = (255, 255, 255)
 

@@ -4,15 +4,15 @@ import random
 
 import pytest
 
-from finesight.samples.frames import rescale
-from finesight.samples.sample import read_samples
-from finesight.synth.gui_tasks import sample_goal, sample_layout, solve, write_gui_tasks
-from finesight.synth.gui_window import (
+from finesight.evaluate.environments.gui.window import (
     WINDOW_SIZE,
     GuiWindow,
     WindowLayout,
     WindowState,
 )
+from finesight.samples.frames import rescale
+from finesight.samples.sample import read_samples
+from finesight.synth.gui_tasks import sample_goal, sample_layout, solve, write_gui_tasks
 
 LAYOUT = WindowLayout(
     title="Orders",

@@ -10,8 +10,8 @@ from PIL import Image
 
 from finesight.errors import UserError
 from finesight.synth import tickets
-from finesight.synth.drawing import load_builtin_font
 from finesight.synth.tickets import TICKET_FIELDS, draw_ticket, sample_ticket, write_tickets
+from finesight.vision.drawing import load_builtin_font
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ from finesight.samples.sample import (
     TextPart,
     create_region,
 )
-from finesight.synth.drawing import draw_red_rectangle
+from finesight.vision.drawing import draw_red_rectangle
 
 TEACHER_FILE = "teacher.jsonl"
 

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from finesight.evaluate.environments.gui.window import (
+    WINDOW_SIZE,
+    GuiWindow,
+    WindowLayout,
+    WindowState,
+)
 from finesight.files.storage import write_folder
 from finesight.samples.frames import ImageSize, rescale, round_to_size
 from finesight.samples.sample import ToolCallPart, write_samples
-from finesight.synth.gui_window import WINDOW_SIZE, GuiWindow, WindowLayout, WindowState
 from finesight.synth.tickets import split_words
 from finesight.synth.tool_task import FRAME_1000, ToolTask, build_task_sample
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from finesight.files.storage import write_folder
-from finesight.synth.drawing import load_builtin_font
+from finesight.vision.drawing import load_builtin_font
 
 
 def split_words(text: str) -> tuple[str, ...]:

@@ -7,8 +7,13 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from finesight.evaluate.environments.gui.window import (
+    WINDOW_SIZE,
+    GuiWindow,
+    WindowLayout,
+    WindowState,
+)
 from finesight.samples.frames import ImageSize, rescale
-from finesight.synth.gui_window import WINDOW_SIZE, GuiWindow, WindowLayout, WindowState
 
 MAX_TEXT_LENGTH = 100
 """Maximum number of characters that are typed in a call."""

@@ -11,11 +11,11 @@ from PIL import Image
 from tiny_model import create_tiny_model
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.evaluate.demonstrations import write_demonstrations
 from finesight.evaluate.environment import Environment
 from finesight.model_folder import ModelFolder
 from finesight.samples.frames import rescale
 from finesight.samples.sample import ImagePart, LocatedSample, ToolCallPart, read_samples
+from finesight.synth.demonstrations import write_demonstrations
 from finesight.synth.gui_tasks import write_gui_tasks
 from finesight.synth.small_words import IMAGE_SIDE, write_small_words
 from finesight.synth.tool_task import ToolTask

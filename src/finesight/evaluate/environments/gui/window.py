@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
-from finesight.synth.drawing import load_builtin_font
+from finesight.vision.drawing import load_builtin_font
 
 WINDOW_SIZE = (224, 280)
 """Height and width of a screenshot in pixels."""

@@ -37,10 +37,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finesight.train.episode import Episode, EpisodeRunner, add_tools, build_start
 
 from finesight.evaluate.bootstrap import clopper_pearson_interval, tango_interval
 from finesight.evaluate.environment import Environment
+from finesight.evaluate.episode import Episode, EpisodeRunner, add_tools, build_start
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.infer.engine import build_engine
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision

@@ -183,6 +183,7 @@ def iter_strings(path: Path) -> Iterator[str]:
 OPERATION_FILES = re.compile(
     r"(?:cli|app|operations)/.*|api\.py|.*_operations?\.py"
     r"|ingest/source_options\.py|launch/launch_options\.py|serve/model_server\.py"
+    r"|settings/trainer_settings\.yaml"  # texts of `convert`
 )
 """Operations, their options, and the interfaces that name commands."""
 

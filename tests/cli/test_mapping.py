@@ -120,7 +120,7 @@ def test_unknown_roles_of_inner_texts_end_with_a_draft(folder, cli, monkeypatch,
     (folder / "rows.json").write_text(json.dumps([NESTED, NESTED]), encoding="utf-8")
     words = {"import": ["out"], "init": ["--out", "out", "--yes", "--model", "finesight-tiny"]}
     printed = cli(command, "rows.json", *words[command], code=2)
-    assert "meta: values inside of lists or objects" in printed.err
+    assert "may be the question or the answer: meta ({'note': 'Two cups.'})" in printed.err
     assert "edit out-mapping.yaml" in printed.err
     assert not (folder / "out").exists()
     draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")

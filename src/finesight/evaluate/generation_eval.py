@@ -40,7 +40,7 @@ from finesight.samples.image_file import CorruptImageError
 from finesight.samples.sample import LocatedSample, read_samples
 from finesight.settings.config import EVAL_BATCH_SIZE, EvalSettings, MetricSpec
 from finesight.settings.manifest import RECIPE_FILE, find_run_dir
-from finesight.settings.recipe import load_recipe
+from finesight.settings.recipe import load_recipe, parse_recipe, read_recipe_text
 
 
 def load_eval_inputs(
@@ -101,14 +101,12 @@ def find_episode_settings(
             checkpoint, that of its recipe, from the copy in the run folder.
         max_new_tokens: Maximum number of tokens of an episode; by default that of the recipe.
     """
+    if environment == NO_ENVIRONMENT:
+        return None
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     settings = None
     if path.is_file():
-        sampling = load_recipe(path).needs.sampling
-        if sampling is not None:
-            settings = sampling.episodes
-    if environment == NO_ENVIRONMENT:
-        return None
+        settings = _read_episode_settings(path)
     if environment is not None:
         settings = settings or EpisodeSettings(environment=environment)
         settings = replace(settings, environment=environment)
@@ -123,6 +121,21 @@ def find_episode_settings(
     if settings is not None and max_new_tokens is not None:
         settings = replace(settings, max_tokens=max_new_tokens)
     return settings
+
+
+def _read_episode_settings(path: Path) -> EpisodeSettings | None:
+    """Return the environment in the recipe of a run.
+
+    The model of a run needs no plug-ins of metrics, trackers and objectives, so that recipes
+    without an environment are not validated.
+    """
+    content, _ = parse_recipe(read_recipe_text(path), path)
+    train = content.get("train") if isinstance(content, dict) else None
+    section = train.get(train.get("objective")) if isinstance(train, dict) else None
+    if not isinstance(section, dict) or not section.get("environment"):
+        return None
+    sampling = load_recipe(path).needs.sampling
+    return None if sampling is None else sampling.episodes
 
 
 def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> UserError:

@@ -263,7 +263,7 @@ def format_call(step: Step) -> str:
     from finesight.operations import find_operation
 
     operation = find_operation(step.operation)
-    if not operation.__module__.startswith("finesight.operations."):
+    if operation.__module__.startswith(("finesight.app.", "finesight.cli.")):
         return format_step(step)
     # Paths are text, which needs no import.
     plain = json.loads(json.dumps(dict(step.arguments), default=str))

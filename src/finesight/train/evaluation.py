@@ -219,7 +219,6 @@ def _evaluate_generation(
 
     metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
     settings = settings.model_copy(update={"metric": metric})
-    sampling = state.run.recipe.needs.sampling
     model = state.engine.model
     renderer = state.data.renderer
     process_group = state.run.hardware.process_group
@@ -254,7 +253,7 @@ def _evaluate_generation(
                     settings,
                     on_progress=on_generated,
                     on_batch_reduced=on_batch_reduced,
-                    episodes=None if sampling is None else sampling.episodes,
+                    episodes=state.run.episodes,
                     run_dir=state.run.run_dir.path,
                 )
         if not process_group.is_single_process:

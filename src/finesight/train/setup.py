@@ -273,6 +273,7 @@ def build_run(
 ) -> RunContext:
     """Build the settings, files and hardware of a run, with what must not change on resume."""
     recipe = checked.recipe
+    sampling = recipe.needs.sampling
     return RunContext(
         recipe=recipe,
         run_dir=run_dir,
@@ -281,6 +282,7 @@ def build_run(
         base_model=checked.base_model,
         resume_config=_build_resume_config(recipe, hardware, checked.base_model, data),
         console=console,
+        episodes=None if sampling is None else sampling.episodes,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finesight.encode.renderer import Renderer
 from finesight.encode.renderer_builder import build_renderer
+from finesight.environment_components import EpisodeSettings
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.model_folder import ModelFolder
 from finesight.objective_components import get_accepted_samples
@@ -189,6 +190,7 @@ class RunContext:
     Attributes:
         resume_config: Settings and fingerprints that must be the same when the run is resumed.
         console: Console for progress and messages.
+        episodes: Environment of sampling, which evaluations use as well; None without tools.
         stop: Stop request of signal handlers, checked between batches.
     """
 
@@ -199,6 +201,7 @@ class RunContext:
     base_model: BaseModelRef
     resume_config: dict[str, Any]
     console: ProgressConsole
+    episodes: EpisodeSettings | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
 

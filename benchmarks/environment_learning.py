@@ -38,14 +38,12 @@ from typing import Any
 
 import torch
 
+from finesight.environment_components import EpisodeSettings
 from finesight.evaluate.bootstrap import clopper_pearson_interval, tango_interval
 from finesight.evaluate.environment import Environment
-from finesight.evaluate.episode import Episode, EpisodeRunner, add_tools, build_start
 from finesight.evaluate.eval_case import get_reference_answer
-from finesight.infer.engine import build_engine
+from finesight.evaluate.generation_eval import predict_answers
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision
-from finesight.infer.prediction import build_prediction, iter_completions
-from finesight.infer.request import GenerationRequest
 from finesight.samples.sample import LocatedSample, read_samples
 from finesight.settings.config import Device
 from finesight.settings.recipe import recipe_from_dict
@@ -174,42 +172,39 @@ def run_episodes(
 ) -> dict[str, Any]:
     """Run an episode for each validation sample, and return their successes and means."""
     loaded = load_inference_model(str(run), device)
-    renderer = loaded.renderer.native
     samples = [LocatedSample(one, data.parent) for one in read_samples(data)]
-    references = [get_reference_answer(one.sample) for one in samples]
-    with Environment(task.environment, run, TOOL_SECONDS) as environment:
-        tools = environment.tools if uses_tools else ()
-        samples = [add_tools(one, tools) for one in samples]
-        prompts = [renderer.encode_prompt(one) for one in samples]
-        starts = []
-        for sample, prompt, reference in zip(samples, prompts, references, strict=True):
-            starts.append(build_start(sample, prompt, reference, renderer))
-        length = settings.max_completion_length
-        requests = [GenerationRequest(prompt=one, max_new_tokens=length) for one in prompts]
-        lengths = [one.tokenized.num_tokens for one in prompts]
-        engine = build_engine(loaded.model, renderer.end_ids, lengths, length, BATCH_SIZE)
-        with EpisodeRunner(environment, renderer, starts, settings.max_iterations) as runner:
-            follow_up = runner.continue_episode if uses_tools else None
-            for index, _, tokens in iter_completions(
-                engine, enumerate(requests), BATCH_SIZE, follow_up=follow_up
-            ):
-                if not uses_tools:
-                    runner.episodes[index] = Episode.from_answer(prompts[index], tokens)
-            episodes = runner.episodes
+    episode_settings = None
+    if uses_tools:
+        episode_settings = EpisodeSettings(
+            environment=task.environment,
+            max_tool_calling_iterations=settings.max_iterations,
+            tool_timeout=TOOL_SECONDS,
+            max_tokens=settings.max_completion_length,
+        )
+    predictions = predict_answers(
+        loaded.model,
+        loaded.renderer,
+        samples,
+        max_new_tokens=settings.max_completion_length,
+        batch_size=BATCH_SIZE,
+        episodes=episode_settings,
+        run_dir=run,
+    )
     successes = []
-    for index, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
-        episode = episodes[index]
-        answer = build_prediction(renderer, sample, prompt.tokenized, episode.answer_ids).answer
+    episodes = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        episode = prediction.episode
+        if episode is not None:
+            episodes.append(episode)
         if task.reward == "environment":
-            successes.append(episode.reward == 1.0)
+            successes.append(episode is not None and episode.reward == 1.0)
         else:
-            successes.append(answer in references[index][0])
-    count = len(samples)
+            successes.append(prediction.answer in get_reference_answer(sample.sample)[0])
+    num_turns = sum(turn.role == "tool" for one in episodes for turn in one.turns)
     return {
         "successes": successes,
-        "calls": sum(one.num_calls for one in episodes.values()) / count,
-        "mistakes": sum(one.num_mistakes for one in episodes.values()) / count,
-        "errors": sum(bool(one.error) for one in episodes.values()) / count,
+        "tool_turns": num_turns / len(samples),
+        "errors": sum(bool(one.error) for one in episodes) / len(samples),
     }
 
 

@@ -71,7 +71,7 @@ def test_environment_learning_scores_episodes(tmp_path: Path) -> None:
             BUNDLED_MODEL, data, task, settings, uses_tools=uses_tools
         )
         assert len(found["successes"]) == 2
-        assert (found["calls"], found["errors"]) == (0, 0)
+        assert (found["tool_turns"], found["errors"]) == (0, 0)
 
 
 def test_environment_learning_pools_seeds() -> None:

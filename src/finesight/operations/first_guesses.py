@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from finesight.components import find_satellite
-
 MIN_SIMILARITY = 0.7
 """Minimum similarity (difflib ratio) of a word that is proposed."""
 
@@ -195,6 +193,7 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
         commands: Names of all commands.
     """
     # Commands that are correct do not need the settings.
+    from finesight.components import find_satellite
     from finesight.objective_components import OBJECTIVES
     from finesight.tracker_components import TRACKERS
 

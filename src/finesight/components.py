@@ -14,13 +14,13 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, wraps
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import isabstract
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from finesight.errors import UserError
 from finesight.plugins import PluginKind, Registry, list_modules
+from finesight.satellites import load_satellite
 from finesight.settings.setting_types import SettingsSection
 
 if TYPE_CHECKING:
@@ -379,24 +379,6 @@ class ComponentRegistry(Registry[ComponentT]):
         if problem is not None:
             raise self.build_error(name, target, problem, interface)
         return item
-
-
-def load_satellite(target: str) -> Any:
-    """Import an object of a package that the core does not import, such as `finesight.hub`.
-
-    Args:
-        target: Dotted path, as `package.module:object`.
-    """
-    module, _, attribute = target.partition(":")
-    return attrgetter(attribute)(import_module(module))
-
-
-def find_satellite(target: str) -> Any:
-    """Import an object like `load_satellite`; None if its package is not installed."""
-    package = ".".join(target.split(".")[:2])
-    if find_spec(package) is None:
-        return None
-    return load_satellite(target)
 
 
 def is_component_name(name: str) -> bool:

@@ -17,12 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finesight.components import load_satellite
 from finesight.errors import Remedy, Step, UserError, shorten
 from finesight.family_components import FAMILIES, FamilyComponent
 from finesight.files.bounded_files import read_bytes, read_json, read_json_object, read_text
 from finesight.files.hub_address import HubAddress, is_hub_address, parse_model_address
 from finesight.files.storage import FileLock, remove_folder, write_folder
+from finesight.satellites import load_satellite
 from finesight.settings.manifest import MANIFEST_FILE, RECIPE_FILE
 
 if TYPE_CHECKING:

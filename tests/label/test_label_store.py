@@ -21,13 +21,14 @@ from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.files import storage
 from finesight.files.storage import FileSystem
-from finesight.label import label_session, label_store
+from finesight.label import label_store
 from finesight.label.label_session import (
     build_task,
     open_session,
 )
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.label.pairs_operation import pairs
+from finesight.samples import run_examples
 from finesight.samples.run_examples import has_single_questions, read_run_examples
 from finesight.samples.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.vision import image_reader
@@ -61,7 +62,7 @@ def test_examples_of_sorted_data_have_all_classes(tmp_path, monkeypatch):
     data = write_answers(tmp_path, *["cat"] * 6, *["dog"] * 6)
     recipe = {"model": MODEL, "data": {"train": str(data)}, "output_dir": str(tmp_path)}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    monkeypatch.setattr(label_session, "MAX_EXAMPLES", 6)
+    monkeypatch.setattr(run_examples, "MAX_EXAMPLES", 6)
     assert build_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
     assert has_single_questions(str(tmp_path))
     (sample, *_) = read_samples(data)

@@ -193,8 +193,8 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
         commands: Names of all commands.
     """
     # Commands that are correct do not need the settings.
-    from finesight.components import find_satellite
     from finesight.objective_components import OBJECTIVES
+    from finesight.satellites import find_satellite
     from finesight.tracker_components import TRACKERS
 
     guesses: dict[str, str] = {}

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from finesight.components import find_satellite, load_satellite
 from finesight.errors import Step, UserError
 from finesight.files.hub_address import parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath
@@ -19,6 +18,7 @@ from finesight.operations.options import (
     TrustMetricOption,
 )
 from finesight.progress import ProgressConsole
+from finesight.satellites import find_satellite, load_satellite
 
 if TYPE_CHECKING:
     from finesight.settings.config import Recipe

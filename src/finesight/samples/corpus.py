@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from finesight.components import load_satellite
 from finesight.errors import Step, UserError, suggest_similar_path
 from finesight.files.archive import TarArchive, open_tar
 from finesight.files.bounded_files import parse_json, to_readable_name
@@ -53,6 +52,7 @@ from finesight.samples.sample import (
 )
 from finesight.samples.tar_members import MemberGroup as Members
 from finesight.samples.tar_members import iter_member_groups, split_member_name
+from finesight.satellites import load_satellite
 from finesight.settings.config import DataFileSettings, TrainFileSettings
 
 PACKED_SUFFIXES = (".tar", ".parquet")

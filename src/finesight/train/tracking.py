@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-from finesight.components import load_satellite
+from finesight.satellites import load_satellite
 from finesight.settings.config import Recipe
 from finesight.tracker_components import AlertLevel
 

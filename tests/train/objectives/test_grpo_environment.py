@@ -181,6 +181,16 @@ def test_path_is_relative_to_the_recipe(environment_task):
     assert sampling.episodes.environment == f"{task.folder / 'letters.py'}:Letters"
 
 
+ALTERNATING_REWARD = """
+import itertools
+
+COUNT = itertools.count()
+
+def alternate(case):
+    return next(COUNT) % 2
+"""
+
+
 def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
     """Sampler and trainer agree on episodes with images in tool results."""
     task = TinyTask(tmp_path)
@@ -192,7 +202,7 @@ def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
     steps = "train.epochs=null", "train.save_every=null"
     task.run(
         *steps,
-        *("train.steps=150", "train.learning_rate=0.01", "train.batch_size=2"),
+        *("train.steps=300", "train.learning_rate=0.005", "train.batch_size=2"),
         *("train.pack_tokens=4000", f"data.train={{path: {train}, limit: 4}}"),
         name="calls",
     )
@@ -200,8 +210,11 @@ def test_model_zooms_after_fine_tuning_on_calls(tmp_path):
         for sample in samples:
             del sample["tools"]
             sample["messages"] = [sample["messages"][0], sample["messages"][-1]]
-    short = {"name": "length", "max_length": 4}
-    task.recipe |= {"model": str(tmp_path / "calls"), "rewards": ["exact", short]}
+    # The answers of the fine-tuned model may all be equal; this reward always differs.
+    file = tmp_path / "rewards.py"
+    file.write_text(ALTERNATING_REWARD)
+    rewards = ["exact", f"{file}:alternate"]
+    task.recipe |= {"model": str(tmp_path / "calls"), "rewards": rewards}
     task.recipe["train"] |= {
         "objective": "grpo",
         "grpo": {

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,21 @@ def test_package_adds_format_metric_and_tracker(recipe, site, monkeypatch, cli):
     found = [PluginRecord(**plugin) for plugin in plugins]
     names = [("trackers", "csv"), ("metrics", "meter-reading")]
     assert found == [PluginRecord(kind, name, PACKAGE, "1.0") for kind, name in names]
+
+
+@pytest.mark.parametrize(
+    ("former", "current"),
+    [
+        ("finesight.data.sample", "finesight.samples.sample"),
+        ("finesight.data.formats", "finesight.ingest.formats"),
+        ("finesight.data.formats.dataset_format", "finesight.ingest.formats.dataset_format"),
+    ],
+)
+def test_former_modules_have_the_same_names(former, current):
+    """Plug-ins for version 0.1.0 import from them."""
+    names = {name: item for name, item in vars(import_module(current)).items() if name[0] != "_"}
+    assert len(names) > 5
+    assert names.items() <= vars(import_module(former)).items()
 
 
 WRONG_FOCAL = {

@@ -11,7 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finesight.errors import TrainingInterrupted, UserError, describe_indices
-from finesight.operations import evaluation, find_operation, model, responses, training
+from finesight.operations import (
+    evaluation,
+    find_operation,
+    is_installed,
+    model,
+    responses,
+    training,
+)
 from finesight.operations.first_guesses import suggest_function
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
@@ -74,7 +81,10 @@ def __getattr__(name: str) -> Any:
     Raises AttributeError with a similar name, or the one of a first guess, for other names.
     """
     if name in __all__:
-        function = as_function(find_operation(_OPERATION_NAMES.get(name, name)))
+        operation = _OPERATION_NAMES.get(name, name)
+        if not is_installed(operation):
+            raise AttributeError(f"finesight is installed without {operation}")
+        function = as_function(find_operation(operation))
         globals()[name] = function
         return function
     similar = suggest_function(name, __all__)
@@ -83,7 +93,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    installed = [name for name in __all__ if is_installed(_OPERATION_NAMES.get(name, name))]
+    return sorted({*globals(), *installed})
 
 
 def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from finesight.errors import UserError
 from finesight.plugins import PluginKind, Registry, list_modules
-from finesight.satellites import load_satellite
 from finesight.settings.setting_types import SettingsSection
 
 if TYPE_CHECKING:
@@ -370,7 +369,8 @@ class ComponentRegistry(Registry[ComponentT]):
             UserError: The object of a plug-in cannot be imported, or is another one.
         """
         try:
-            item = load_satellite(target)
+            module, _, attribute = target.partition(":")
+            item = attrgetter(attribute)(import_module(module))
             problem = find_problem(item)
         except (Exception, SystemExit) as error:
             if self.is_built_in(name):

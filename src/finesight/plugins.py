@@ -40,7 +40,10 @@ def list_modules(package: str, helpers: Collection[str]) -> list[str]:
     Args:
         helpers: Names of modules that are left out.
     """
-    spec = find_spec(package)
+    try:
+        spec = find_spec(package)
+    except ModuleNotFoundError:
+        return []  # The package that contains it is not installed.
     assert spec is not None, f"no package {package}"
     modules = pkgutil.iter_modules(spec.submodule_search_locations)
     return [module.name for module in modules if module.name not in helpers]

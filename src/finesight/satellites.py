@@ -7,20 +7,37 @@ from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
+from finesight.errors import UserError
+
 
 def load_satellite(target: str) -> Any:
     """Import an object of a package that the core does not import, such as `finesight.hub`.
 
     Args:
         target: Dotted path, as `package.module:object`.
+
+    Raises:
+        UserError: The package is not installed.
     """
-    module, _, attribute = target.partition(":")
-    return attrgetter(attribute)(import_module(module))
+    item = find_satellite(target)
+    if item is None:
+        raise UserError(
+            f"finesight is installed without {_get_package(target)}",
+            where=target,
+            expected="a complete installation",
+            remedy="install finesight again: pip install --force-reinstall finesight",
+        )
+    return item
 
 
 def find_satellite(target: str) -> Any:
     """Import an object like `load_satellite`; None if its package is not installed."""
-    package = ".".join(target.split(".")[:2])
-    if find_spec(package) is None:
+    if find_spec(_get_package(target)) is None:
         return None
-    return load_satellite(target)
+    module, _, attribute = target.partition(":")
+    return attrgetter(attribute)(import_module(module))
+
+
+def _get_package(target: str) -> str:
+    module = target.partition(":")[0]
+    return ".".join(module.split(".")[:2])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.util import find_spec
 from inspect import isabstract
 from typing import TYPE_CHECKING, Any, Literal
 
 from finesight.components import Component, ComponentRegistry
 from finesight.errors import UserError
+from finesight.satellites import load_satellite
 from finesight.settings.setting_types import is_url
 
 if TYPE_CHECKING:
@@ -126,13 +126,13 @@ TRACKERS = TrackerRegistry("trackers", TrackerComponent, "finesight.track.tracke
 
 def _import_interface() -> Any:
     """Import the class `Tracker`, whose package depends on the settings of recipes."""
-    return import_module("finesight.track.tracker").Tracker
+    return load_satellite("finesight.track.tracker:Tracker")
 
 
 def get_example_tracker() -> str:
     """Return the tracker that examples use: one that needs no service."""
-    trackers = TRACKERS.list_built_in()
-    return next((one.name for one in trackers if one.writes_run_folder), trackers[0].name)
+    names = [one.name for one in TRACKERS.list_built_in() if one.writes_run_folder]
+    return names[0] if names else "NAME"
 
 
 def require_trackers(trackers: Sequence[Any]) -> None:

@@ -39,7 +39,7 @@ from finesight.errors import (
     escape_unprintable,
 )
 from finesight.host_memory import num_allowed_cpus
-from finesight.operations import OPERATIONS, find_operation
+from finesight.operations import OPERATIONS, find_operation, is_installed
 from finesight.operations.first_guesses import find_option, suggest_command, suggest_value
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
@@ -265,10 +265,11 @@ def _print_outcome(outcome: Outcome[object], *, as_json: bool) -> None:
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
     for note in outcome.notes:
         click.echo(escape_unprintable(note), err=True)
+    next_steps = [step for step in outcome.next_steps if is_installed(step.operation)]
     if (report := click.get_current_context().obj) is not None:
-        report["next_steps"] = outcome.next_steps
+        report["next_steps"] = next_steps
         report["result"] = select_result(outcome.data)
-    commands = list(map(_format_next_step, outcome.next_steps))
+    commands = list(map(_format_next_step, next_steps))
     if commands and not as_json and report is None:
         separator = " " if len(commands) == 1 else "\n  "
         click.echo(separator.join(["next:", *commands]), err=True)
@@ -480,11 +481,12 @@ _SECTIONS: dict[str, dict[str, str | CommandGroup]] = {
     title: {name: name for name in group if " " not in name} for title, group in OPERATIONS.items()
 }
 _DATA = {name[5:]: name for name in OPERATIONS["Data"] if name.startswith("data ")}
-_SECTIONS["Data"]["data"] = CommandGroup(
-    "data",
-    sections={"Commands": _DATA},
-    help="Export samples.\n\nExample: finesight data export mine/train.jsonl out --to llava",
-)
+if _DATA:
+    _SECTIONS["Data"]["data"] = CommandGroup(
+        "data",
+        sections={"Commands": _DATA},
+        help="Export samples.\n\nExample: finesight data export mine/train.jsonl out --to llava",
+    )
 
 
 @click.command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finesight.errors import Step
 from finesight.operations.operation import Outcome, StrPath
@@ -13,13 +13,6 @@ from finesight.operations.operation import Outcome, StrPath
 if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
-    from finesight.settings.config import Recipe
-    from finesight.train.callbacks import Callback
-else:
-    Callback = Any
-
-    class Recipe:
-        """Settings, in signatures that are read without the packages of the recipe."""
 
 
 def convert(source: StrPath, recipe: StrPath) -> Outcome[ConvertedRecipe]:

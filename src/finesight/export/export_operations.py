@@ -1,4 +1,4 @@
-"""`finesight download`, `finesight merge` and `finesight export`: get and publish models."""
+"""`finesight merge` and `finesight export`: models for other programs and hubs."""
 
 from __future__ import annotations
 

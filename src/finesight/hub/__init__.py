@@ -1,1 +1,1 @@
-"""Download and verify files from hubs, archives, object storage and the web."""
+"""Downloads and uploads: Hugging Face, ModelScope and object storage."""

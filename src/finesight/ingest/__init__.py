@@ -1,1 +1,1 @@
-"""Import of foreign data by mappings: files that state the role of every key of a record."""
+"""Import, export and check of data."""

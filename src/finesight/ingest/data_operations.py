@@ -1,4 +1,4 @@
-"""Import, export, convert, check and show data."""
+"""`finesight import`, `data export` and `check`: data of other programs as samples."""
 
 from __future__ import annotations
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from finesight.errors import Step, UserError
 from finesight.files.hub_address import HubAddress, parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
-
-if TYPE_CHECKING:
-    pass
 
 
 def download(

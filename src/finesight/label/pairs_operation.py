@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from finesight.errors import UserError, format_count
 from finesight.files.bounded_files import read_json_object
@@ -13,21 +13,15 @@ from finesight.operations.next_steps import build_init_step
 from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.responses import (
     build_pair,
-    find_responses,
+    find_response_files,
     grade_responses,
-    list_contents,
+    list_answers,
     read_responses,
     write_answers,
 )
 
 if TYPE_CHECKING:
-    from finesight.samples.sample import ContentPart, LocatedSample
-
-    Answer = tuple[ContentPart, ...]
-    Responses = dict[str, list[tuple[float, Answer | None]]]
-    Verdict = tuple[Sequence[Answer], Sequence[Answer]]
-    Verdicts = dict[str, Verdict]
-    Row = tuple[LocatedSample, Answer, Mapping[str, Any]]
+    from finesight.operations.responses import Responses, Row, Verdicts
 
 
 def pairs(
@@ -68,7 +62,7 @@ def pairs(
         samples = read_labels(source)
         verdicts = {**read_verdicts(source)}
     else:
-        file, files, weights = find_responses(source, data)
+        file, files, weights = find_response_files(source, data)
         responses = read_responses(file, weights)
         verdicts = grade_responses(responses, min_score)
         samples = [one for one in load_corpus(files).read_samples() if one.sample.id in verdicts]
@@ -89,7 +83,7 @@ def pairs(
     num_written = write_answers(out, rows, out.parent)
     num_unused += len(verdicts) + len(rows) - num_written
     if not num_written:
-        contents = list_contents(responses)
+        contents = list_answers(responses)
         remedy = "sample more responses, or change --min-score"
         problem = f"{num_unused} samples have no better and worse answer"
         if 2 * contents.count(None) > len(contents):

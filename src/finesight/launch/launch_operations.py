@@ -6,7 +6,7 @@ import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from finesight.errors import Step, UserError, format_count
 from finesight.files.hub_address import parse_address
@@ -26,12 +26,6 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from finesight.launch.trial_search import SearchRecord
     from finesight.settings.config import Recipe
-    from finesight.train.callbacks import Callback
-else:
-    Callback = Any
-
-    class Recipe:
-        """Settings, in signatures that are read without the packages of the recipe."""
 
 
 def parse_duration(text: str) -> float:

@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from finesight.errors import UserError
+
 _TARGETS: Mapping[str, Mapping[str, str]] = {
     "Start": {
         "init": "ingest.init_operation:init",
@@ -72,8 +74,24 @@ A name may have two words.
 """
 
 
+def is_installed(name: str) -> bool:
+    """Return whether the package of an operation is installed."""
+    return any(name in group for group in OPERATIONS.values())
+
+
 def find_operation(name: str) -> Callable[..., Any]:
-    """Import the operation with a name."""
+    """Import the operation with a name.
+
+    Raises:
+        UserError: Its package is not installed.
+    """
+    if not is_installed(name):
+        raise UserError(
+            f"finesight is installed without {name}",
+            where=name,
+            expected="a complete installation",
+            remedy="install finesight again: pip install --force-reinstall finesight",
+        )
     target = {one: group[one] for group in OPERATIONS.values() for one in group}[name]
     module, _, function = target.partition(":")
     operation: Callable[..., Any] = getattr(import_module(f"finesight.{module}"), function)

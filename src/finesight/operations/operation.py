@@ -223,8 +223,11 @@ def _build_value_error(
 
 def list_words(step: Step) -> list[str]:
     """Return the words of the command line of a step after the program."""
-    from finesight.operations import find_operation
+    from finesight.operations import find_operation, is_installed
 
+    if not is_installed(step.operation):
+        # The names of its options are unknown.
+        return [*step.operation.split(), *map(str, step.arguments.values())]
     parameters = list_parameters(find_operation(step.operation))
     known = [one for one in parameters if one.name in step.arguments]
     assert len(known) == len(step.arguments), f"{step.operation} lacks {step.arguments}"
@@ -260,8 +263,10 @@ def format_command(step: Step) -> str:
 
 def format_call(step: Step) -> str:
     """Format the call of a step in Python, or its command if Python has no function for it."""
-    from finesight.operations import find_operation
+    from finesight.operations import find_operation, is_installed
 
+    if not is_installed(step.operation):
+        return format_step(step)
     operation = find_operation(step.operation)
     if operation.__module__.startswith(("finesight.app.", "finesight.cli.")):
         return format_step(step)

@@ -1,4 +1,4 @@
-"""Sample responses to questions, and select answers and preference pairs by their scores."""
+"""`finesight sample`: several responses to each question, with scores."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def sample(
     generated.unlink()
     for warning in describe_unscored(scorer.names, np.array(scored)):
         console.log(warning)
-    num_truncated = list_contents(responses).count(None)
+    num_truncated = list_answers(responses).count(None)
     if warning := describe_truncation(
         num_truncated, best_of * len(responses), max_new_tokens, "--max-new-tokens"
     ):
@@ -209,7 +209,7 @@ def _list_best(samples: Sequence[LocatedSample], verdicts: Verdicts) -> list[Row
     return best
 
 
-def list_contents(responses: Responses) -> list[Answer | None]:
+def list_answers(responses: Responses) -> list[Answer | None]:
     """Return the contents of all responses; None for truncated ones."""
     contents: list[Answer | None] = []
     for group in responses.values():
@@ -348,7 +348,7 @@ def build_pair(located: LocatedSample, verdict: Verdict | None) -> list[Row]:
     return [(located, [*good, last.content][0], {"rejected": bad[-1]})]
 
 
-def find_responses(
+def find_response_files(
     source: Path, data: StrPath | None
 ) -> tuple[Path, Sequence[DataFileSettings], Sequence[float]]:
     """Return the file of responses, the files of their samples, and the weights of the rewards."""

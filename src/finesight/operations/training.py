@@ -1,4 +1,4 @@
-"""Plan, start and prepare training runs; convert those of other trainers."""
+"""Train a recipe, and propose what to do with the run."""
 
 from __future__ import annotations
 
@@ -119,6 +119,9 @@ def train(
     if push is not None and is_main:
         check_publish = load_satellite("finesight.hub.repository:check_publish")
         check_publish(parse_address(push))
+    upload_run = None
+    if push is not None:
+        upload_run = load_satellite("finesight.export.export_operations:upload_run")
     # These imports take seconds. They follow the recipe checks so that errors appear at once.
     from finesight.train.finalize import load_result
     from finesight.train.run_dir import RunDir
@@ -146,8 +149,7 @@ def train(
     if main_result is None:
         return Outcome(result, data=[])  # The main process prints the result.
     exit_code = 0
-    if push is not None:
-        upload_run = load_satellite("finesight.export.export_operations:upload_run")
+    if upload_run is not None:
         exit_code = upload_run(settings.output_dir, push, console)
     next_steps = list_next_steps(settings)
     return Outcome(result, (), result.as_json(), next_steps, exit_code)

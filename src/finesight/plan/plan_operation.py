@@ -21,13 +21,6 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from finesight.plan.run_plan import RunPlan
     from finesight.settings.config import Recipe
-    from finesight.train.callbacks import Callback
-else:
-    Callback = Any
-
-    class Recipe:
-        """Settings, in signatures that are read without the packages of the recipe."""
-
 
 GpusOption = Annotated[
     int | None,

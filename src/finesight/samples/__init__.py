@@ -1,1 +1,1 @@
-"""Samples: coordinate frames of boxes."""
+"""Samples: their format, lists, images and videos, and the frames of their boxes."""

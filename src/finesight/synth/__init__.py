@@ -1,1 +1,1 @@
-"""Synthetic tasks: images of words, formulas, receipts and shapes, with questions and answers."""
+"""Synthetic data: train tickets, small words, tasks of a window, and demonstrations of tools."""

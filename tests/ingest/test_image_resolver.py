@@ -1,12 +1,15 @@
 """Images of foreign rows: resolved, saved from tables, distinguished by content, copied."""
 
 import base64
+import os
 from pathlib import Path
 
 import pytest
 from image_fixtures import write_gray_image
 
 from finesight.errors import UserError
+from finesight.files.bounded_files import SpecialFileError
+from finesight.ingest import name_template
 from finesight.ingest.image_resolver import ImageNames, ImageResolver, encode_data_url
 from finesight.samples.image_file import CorruptImageError, is_image_value
 
@@ -202,6 +205,31 @@ def test_name_is_searched_in_all_folders(tmp_path: Path) -> None:
     with pytest.raises(CorruptImageError, match=r"2 files of this name: copies/p1.png"):
         images.resolve("**/p1.png")
     assert images.resolve("**/part1/raw/p1.png") == first
+
+
+def test_suggestion_searches_the_first_files_only(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(name_template, "MAX_SUGGESTED_FILES", 2)
+    for number in range(3):
+        write_gray_image(tmp_path / "part" / "raw" / f"p{number}.png")
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    remedies: list[str] = []
+    for name in ("p1.png", "p2.png"):
+        with pytest.raises(CorruptImageError) as caught:
+            images.resolve(name)
+        remedies.append(str(caught.value.remedy))
+    assert ["**/" in remedy for remedy in remedies] == [True, False]
+    assert images.resolve("**/p2.png").name == "p2.png"
+
+
+def test_named_pipe_does_not_hide_a_missing_image(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "part" / "raw" / "p1.png")
+    os.mkfifo(tmp_path / "part" / "pipe")
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    with pytest.raises(CorruptImageError, match="no such image") as caught:
+        images.resolve("p1.png")
+    assert "**/" not in str(caught.value.remedy)
+    with pytest.raises(SpecialFileError):
+        images.resolve("**/p1.png")
 
 
 def test_search_in_all_folders_stays_inside_of_an_untrusted_source(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from finesight.ingest.formats.dataset_format import (
     NOTE_CLIPPED_BOX,
     NOTE_KEPT_JSON,
     NOTE_SKIPPED_BOX,
+    decode_base64_text,
 )
 from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import (
@@ -32,6 +33,8 @@ from finesight.ingest.importer import (
     split_by_image,
     split_last_rows,
 )
+from finesight.ingest.mapping import parse_mapping
+from finesight.ingest.mapping_format import build_mapping_format
 from finesight.samples.sample import ImagePart, Sample, read_samples
 
 ANSWERS = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?")
@@ -497,6 +500,27 @@ def test_answers_in_base64_are_not_trained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the answer is in base64, the text") as caught:
         import_dataset(source, tmp_path / "out", ANSWERS)
     assert "[base64, json]" in str(caught.value.remedy)
+    assert "without parse keeps the answer in base64" in str(caught.value.remedy)
+    roles = {"version": 1, "images": "image", "question": {"const": "?"}, "answer": "answer"}
+    mapping = build_mapping_format(parse_mapping(roles, "m.yaml"), "m")
+    import_dataset(source, tmp_path / "mapped", ImportOptions(mapping=mapping))
+    kept = read_samples(tmp_path / "mapped" / "data.jsonl")[1].messages[-1].content[-1]
+    assert kept.text == rows[1]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_text"),
+    [
+        ("\u0645\u06cc\u200c\u0631\u0648\u062f, by bus and on foot", True),  # a joiner in Persian
+        ("\ufeffThe valve is closed, the gauge\r\nshows\t4.2 bar", True),
+        ("A family \U0001f468\u200d\U0001f469\u200d\U0001f467 on the beach at noon", True),
+        ("The valve is closed\x00 and the gauge", False),
+        ("The valve is closed\u0378 and the gauge", False),  # no character has this number
+    ],
+)
+def test_texts_in_base64_have_no_control_characters(text: str, is_text: bool) -> None:
+    decoded = decode_base64_text(base64.b64encode(text.encode()).decode())
+    assert decoded == (text if is_text else None)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.errors import UserError
@@ -26,6 +27,7 @@ SPOT = {"x": 1, "note": "wet"}
         ([{"a": {"n": SPOT}}, {"a": {"n": SPOT}}], ["a.n.x", "a.n.note"]),
         ([{"a": {"n": SPOT}}], ["a.n.x", "a.n.note"]),
         ([{"a": {"p": {"x": 1}, "q": {"y": 2}}}], ["a.p.x", "a.q.y"]),
+        ([{"a": {"asks": {"t": "?"}, "says": {"t": "."}}}], ["a.asks.t", "a.says.t"]),
         ([{"a": [{"k1": {"c": [SPOT]}}, {"k2": {"c": []}}]}], ["a.*.*.c.*.x", "a.*.*.c.*.note"]),
         ([{"i": {"bytes": b"x", "path": "a.png"}}, {"j": None}], ["i", "j"]),
     ],
@@ -44,6 +46,24 @@ def test_folder_with_a_single_table_has_a_draft(tmp_path: Path) -> None:
     draft = tmp_path / "out-mapping.yaml"
     assert f"--mapping {draft}" in str(caught.value.remedy)
     assert 'told.*.text: "A wet road."' in draft.read_text()
+
+
+@pytest.mark.parametrize("with_texts", [True, False])
+def test_draft_of_a_table_in_a_subfolder_begins_paths_there(
+    tmp_path: Path, with_texts: bool
+) -> None:
+    folder = tmp_path / "data" / "tags"
+    write_gray_image(folder / "17.png")
+    row: dict[str, Any] = {"plate": 17, "told": [{"by": "R1", "text": "A wet road."}]}
+    if with_texts:
+        row = {"plate": 17, "question": "Which?", "answer": "A wet road."}
+    write_jsonl(folder / "rows.jsonl", [row])
+    with pytest.raises(UserError) as caught:
+        detect_roles(tmp_path / "data", ImportOptions(), tmp_path / "out")
+    draft = tmp_path / "out-mapping.yaml"
+    assert f"--mapping {draft}" in str(caught.value.remedy)
+    content = yaml.safe_load(draft.read_text())
+    assert content["images"] == {"template": "{plate}.png"}
 
 
 def test_json_lines_of_a_table_have_any_suffix(tmp_path: Path) -> None:

@@ -82,6 +82,12 @@ def test_read_fields_takes_columns_with_names_of_numbers():
     assert propose(*records).choose_fields().columns["fields"] == "row,seat,document_id"
 
 
+def test_read_fields_takes_columns_of_later_records():
+    records = [{"image": "a.png", "seat": "A", "deck": "low"}]
+    records.append({**records[0], "berth": "window"})
+    assert propose(*records).choose_fields().columns["fields"] == "seat,deck,berth"
+
+
 def test_names_cannot_begin_a_line_of_an_error():
     proposal = propose({**ROW, "note\n  remedy: run this": "x"})
     with pytest.raises(UnassignedKeysError) as caught:

@@ -192,7 +192,7 @@ def list_folder(root: Path) -> FolderListing:
     Raises:
         SpecialFileError: A file is a named pipe, a socket or a device.
     """
-    return FolderListing(root, tuple(sorted(_iter_files(root))))
+    return FolderListing(root, tuple(sorted(iter_files(root))))
 
 
 def open_annotation_files(
@@ -259,8 +259,12 @@ def is_json_file(path: Path, opening: bytes = b"{") -> bool:
     return False
 
 
-def _iter_files(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder, breadth first, visiting each folder once."""
+def iter_files(root: Path) -> Iterator[Path]:
+    """Yield all files below a folder, breadth first, visiting each folder once.
+
+    Raises:
+        SpecialFileError: A file is a named pipe, a socket or a device.
+    """
     visited: set[str] = set()
     waiting = deque([str(root)])
     while waiting:

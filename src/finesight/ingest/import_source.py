@@ -342,7 +342,7 @@ def _merge_objects(source: ImportSource) -> ImportSource:
         name
         for role, column in source.column_map.items()
         if role not in ("box", "label")
-        for name in table_format.find_columns(source.columns, role, column)
+        for name in table_format.find_some_columns(source.columns, role, column)
     ]
     groups: dict[tuple[bool, str], list[SourceRow]] = {}
     for index, row in enumerate(source.iter_rows(), start=start):

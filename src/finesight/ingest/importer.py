@@ -589,7 +589,7 @@ def _parse_rows(
             examples = source.data_format.parse_examples(row, context)
             encoded = _encode_examples(examples, names)
             for example in examples:
-                _note_texts(example, context, coordinates)
+                _note_texts(example, context, coordinates, checks_base64=options.mapping is None)
         except InvalidOptionError:
             raise
         except UserError as error:
@@ -668,9 +668,16 @@ def _parse_rows(
 
 
 def _note_texts(
-    example: ImportExample, context: ImportContext, coordinates: TextCoordinates
+    example: ImportExample,
+    context: ImportContext,
+    coordinates: TextCoordinates,
+    *,
+    checks_base64: bool,
 ) -> None:
     """Note coordinates in the texts of an example, a rejected answer, and unfinished reasoning.
+
+    Args:
+        checks_base64: No mapping file states the answer, which may be encoded by mistake.
 
     Raises:
         InvalidRowError: An answer is a text in base64.
@@ -690,12 +697,13 @@ def _note_texts(
     for answer in answers:
         answer_text = join_text(answer).lstrip()
         decoded = decode_base64_text(answer_text)
-        if decoded is not None:
+        if checks_base64 and decoded is not None:
             raise InvalidRowError(
                 f"the answer is in base64, the text {decoded[:60]!r}",
                 "a text as a model shall write it",
                 "give a mapping file (--mapping) with parse: {COLUMN: base64}, or with parse:"
-                " {COLUMN: [base64, json]} for JSON, of which the answer is a key",
+                " {COLUMN: [base64, json]} for JSON, of which the answer is a key; a mapping"
+                " without parse keeps the answer in base64",
             )
         if answer_text.startswith("<think>") and "</think>" not in answer_text:
             context.row_notes[NOTE_UNFINISHED_REASONING] += 1

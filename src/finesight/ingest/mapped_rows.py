@@ -1090,26 +1090,61 @@ def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:
                 remedy,
             )
         return text
+    if value.write == "json":
+        return _look_up_several([found], value, choices)
+    letter = _find_letter(found, value, choices)
+    if value.lookup == "letters":
+        return letter
+    return choices[letter]
+
+
+def _find_letter(found: Any, value: Value, choices: Mapping[str, str]) -> str:
+    """Return the letter of the choice with a number."""
     number = -1
     index = format_key_text(found)
     if index.isascii() and index.isdecimal():
         number = int(index) - value.first
     if not 0 <= number < len(choices):
         raise InvalidRowError(
-            f"the answer {text[:60]!r} is no number of a choice",
+            f"the answer {index[:60]!r} is no number of a choice",
             f"a number from {value.first} to {value.first + len(choices) - 1}",
             "correct first in the mapping, or the row; translate verdicts on the choices by values"
             " to true and false",
         )
-    if value.lookup == "letters":
-        return list(choices)[number]
-    return list(choices.values())[number]
+    return list(choices)[number]
 
 
 def _look_up_several(found: Sequence[Any], value: Value, choices: Mapping[str, str]) -> str:
     """Return several choices as a list in JSON."""
     role = value.name_role("answer")
-    numbers: list[Any] = list(found)
+    letters = _find_letters(found, value, choices)
+    if value.write != "json":
+        raise InvalidRowError(
+            f"the {role} is a list of {len(letters)} choices",
+            "one choice, or several as a list in JSON",
+            "give write: json beside lookup",
+        )
+    if not letters:
+        raise InvalidRowError(
+            f"no choice in the {role}, {describe_value(list(found))}",
+            "at least one choice",
+            "correct the row, or values in the mapping; or leave such rows out by where, with a"
+            " key that marks them",
+        )
+    if len(set(letters)) < len(letters):
+        raise InvalidRowError(
+            f"a choice twice in the {role}, {describe_value(list(found))}",
+            "each choice once",
+            "correct the row; translate verdicts on the choices by values to true and false",
+        )
+    if value.lookup == "letters":
+        return write_json(letters, role)
+    return write_json([choices[letter] for letter in letters], role)
+
+
+def _find_letters(found: Sequence[Any], value: Value, choices: Mapping[str, str]) -> list[str]:
+    """Return the letters of several choices: by verdicts, names or numbers."""
+    role = value.name_role("answer")
     if found and all(isinstance(one, bool) for one in found):
         if len(found) != len(choices):
             raise InvalidRowError(
@@ -1117,14 +1152,38 @@ def _look_up_several(found: Sequence[Any], value: Value, choices: Mapping[str, s
                 "true or false for each choice",
                 "correct the row, or the paths of choices and answer",
             )
-        numbers = [number for number, one in enumerate(found, start=value.first) if one]
-    if value.write != "json":
+        return list(itertools.compress(choices, found))
+    named = [_find_named(one, choices) for one in found]
+    if all(named):
+        return named
+    if any(named):
         raise InvalidRowError(
-            f"the {role} is a list of {len(numbers)} choices",
-            "one choice, or several as a list in JSON",
-            "give write: json beside lookup",
+            f"{describe_value(found[named.index('')])} beside letters or texts of choices in the"
+            f" {role}",
+            "letters, texts or numbers of choices",
+            "correct the row",
         )
-    return write_json([_look_up(one, value, choices) for one in numbers], role)
+    texts = [format_key_text(to_text(one, role)) for one in found]
+    may_be_verdicts = len(texts) == len(choices) and {"0", "1"}.issuperset(texts)
+    if may_be_verdicts and "first" not in value.model_fields_set:
+        raise InvalidRowError(
+            f"the {role}, {describe_value(list(found))}, may be verdicts on {len(choices)} choices"
+            " or their numbers",
+            "a mapping that states one of them",
+            "for verdicts, give values: {0: false, 1: true}; for numbers, give first, the number of"
+            " the first choice",
+        )
+    return [_find_letter(one, value, choices) for one in found]
+
+
+def _find_named(item: object, choices: Mapping[str, str]) -> str:
+    """Return the letter of the only choice with a letter or a text; empty for a number."""
+    if not isinstance(item, str) or format_key_text(item).isdecimal():
+        return ""
+    found = [letter for letter, text in choices.items() if item in (letter, text)]
+    if len(found) != 1:
+        return ""
+    return found[0]
 
 
 def _select_answers(texts: Sequence[str], use: str) -> tuple[list[str], list[str]]:

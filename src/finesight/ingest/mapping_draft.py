@@ -99,7 +99,8 @@ def detect_roles(
     except UnknownRowsError as error:
         if error.rows_key:
             records = error.records[:NUM_DRAFT_RECORDS]
-            draft = write_draft(RoleProposal(records, {}), out, path.parent, error.rows_key)
+            folder = _get_folder(_find_source(path))
+            draft = write_draft(RoleProposal(records, {}), out, folder, error.rows_key)
             error.remedy = f"{error.remedy}; the draft {draft} lists the keys of the rows"
         raise
     except UnknownRolesError as error:
@@ -131,13 +132,12 @@ def check_proposal(
 def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions, out: Path) -> None:
     """Write the draft of a mapping, and name it in the remedy of an error."""
     proposal = error.proposal if isinstance(error, UnassignedKeysError) else None
+    source = _find_source(path)
     if proposal is None:
-        source = path
         reader: RowReader | None = None
-        if path.is_dir():
-            reader = open_record_files(path)
-            source = find_only_table(path) or path
-        if reader is None and source.is_file():
+        if source.is_dir():
+            reader = open_record_files(source)
+        elif source.is_file():
             reader = open_row_file(source, options.encoding, no_header=options.no_header)
         if reader is None:
             return
@@ -147,9 +147,23 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
         if not all(map(str.isdecimal, records[0])):  # names, which suggest a role
             columns = suggest_columns(records)
         proposal = RoleProposal(records, columns)
-    draft = write_draft(proposal, out, path if path.is_dir() else path.parent)
+    draft = write_draft(proposal, out, _get_folder(source))
     edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"
     error.remedy = f"{error.remedy}; or {edit}"
+
+
+def _find_source(path: Path) -> Path:
+    """Return the only table of a folder without objects of images; other sources unchanged."""
+    if path.is_dir() and open_record_files(path) is None:
+        return find_only_table(path) or path
+    return path
+
+
+def _get_folder(source: Path) -> Path:
+    """Return the folder in which the paths of a source start."""
+    if source.is_dir():
+        return source
+    return source.parent
 
 
 @contextmanager
@@ -373,7 +387,8 @@ def _add_examples(examples: dict[str, Any], values: Sequence[Any], location: str
 def _has_identifiers(objects: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the keys of objects are identifiers of other objects.
 
-    No key occurs twice, and all their objects have a key in common.
+    No key occurs twice, and all their objects have a key in common. Keys of a single object without
+    digits are names, such as question and answer.
     """
     keys: list[str] = []
     common: set[str] | None = None
@@ -383,4 +398,6 @@ def _has_identifiers(objects: Sequence[Mapping[str, Any]]) -> bool:
             if not isinstance(value, dict) or is_image_value(value):
                 return False
             common = {*value} if common is None else common & value.keys()
+    if len(objects) == 1 and not all(map(re.compile("[0-9]").search, keys)):
+        return False
     return len(keys) > 1 and len({*keys}) == len(keys) and bool(common)

@@ -6,11 +6,13 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.ingest.folder_listing import list_entries, list_folder
+from finesight.files.bounded_files import SpecialFileError
+from finesight.ingest.folder_listing import iter_files, list_entries
 from finesight.samples.image_file import IMAGE_SUFFIXES
 from finesight.samples.sample import VIDEO_SUFFIXES, is_video_path
 
@@ -25,6 +27,9 @@ MAX_SEARCHED_FOLDERS = 100
 
 MAX_SEARCHES = 5
 """Maximum number of names that are searched without success."""
+
+MAX_SUGGESTED_FILES = 10_000
+"""Maximum number of files in all folders of which an error suggests one."""
 
 MAX_NAME_CHARS = 255
 """Maximum length of a value that may stand for a file."""
@@ -73,6 +78,12 @@ def _escape(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
+def _select_paths(paths: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    """Return the paths that end with a name or a path, of those by file name."""
+    found = paths.get(Path(name).name, [])
+    return [path for path in found if f"/{path}".endswith(f"/{name}")]
+
+
 class TemplateSearch:
     """Search of the files that values without a suffix, a prefix or a folder stand for."""
 
@@ -83,17 +94,31 @@ class TemplateSearch:
         self._remedy = ""
         self._num_failed = 0
         self._files: dict[str, list[str]] | None = None
+        self._first_files: dict[str, list[str]] | None = None
         self._names: dict[str, list[str]] = {}
 
     def find_below(self, name: str) -> list[str]:
         """Return the paths of the files in all folders that end with a name or a path."""
         if self._files is None:
             self._files = {}
-            for file in list_folder(self._folder).files:
-                path = file.relative_to(self._folder).as_posix()
-                self._files.setdefault(file.name, []).append(path)
-        found = self._files.get(Path(name).name, [])
-        return [path for path in found if f"/{path}".endswith(f"/{name}")]
+            self._files = self._group_by_name(iter_files(self._folder))
+        return _select_paths(self._files, name)
+
+    def _find_first_below(self, name: str) -> list[str]:
+        """Return the paths that end with a name, among the first files in all folders."""
+        if self._first_files is None:
+            self._first_files = {}
+            with suppress(SpecialFileError):  # a search in all folders would fail
+                files = itertools.islice(iter_files(self._folder), MAX_SUGGESTED_FILES)
+                self._first_files = self._group_by_name(files)
+        return _select_paths(self._first_files, name)
+
+    def _group_by_name(self, files: Iterable[Path]) -> dict[str, list[str]]:
+        """Return the paths of files, relative to the folder of the data, by file name."""
+        paths: dict[str, list[str]] = {}
+        for file in files:
+            paths.setdefault(file.name, []).append(file.relative_to(self._folder).as_posix())
+        return paths
 
     def suggest(self, name: str) -> str:
         """Return a remedy with the templates of the file of a value.
@@ -115,7 +140,7 @@ class TemplateSearch:
         if not self._folder.is_dir():
             return ""
         for suffix in _list_suffixes(name):
-            found = self.find_below(f"{name}{suffix}")
+            found = self._find_first_below(f"{name}{suffix}")
             if len(found) == 1:
                 role = "videos" if is_video_path(found[0]) else "images"
                 template = json.dumps(NameTemplate(ALL_FOLDERS, suffix).format())

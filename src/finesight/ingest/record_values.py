@@ -157,7 +157,7 @@ class RecordValues:
     # Items of `zip` are built for the mapping. Each of their values has a slot in the record.
     _origins: dict[Slot, Slot] = field(default_factory=dict)
     _zipped: list[Record] = field(default_factory=list)
-    # Key and value of the items that a lookup did not select, by its list and by item.
+    # Values of the items that some lookup did not select, by its list and by item.
     _unselected: dict[str, dict[Slot | None, list[Scope]]] = field(default_factory=dict)
 
     def read(self, path: FieldPath, scope: Scope, role: str) -> Any:
@@ -392,7 +392,7 @@ class RecordValues:
                 matches.append(value)
                 self._use(parts, role)
             else:
-                unselected[item.slot] = parts
+                unselected.setdefault(item.slot, []).extend(parts)
         if len(matches) != 1:
             raise InvalidRowError(
                 f"{len(matches)} items of {lookup.list.text} have the {lookup.key.text} of the"

@@ -25,6 +25,7 @@ from finesight.ingest.formats.table import (
     is_answer_name,
     is_row_name,
     join_words,
+    list_names,
     list_unused_columns,
     numbers_rows,
     split_column_names,
@@ -131,9 +132,9 @@ class RoleProposal:
         return replace(self, columns=columns)
 
     def _list_all_values(self) -> dict[str, list[object]]:
-        """Return the values of the columns of the first record."""
+        """Return the values of all columns."""
         values: dict[str, list[object]] = {}
-        for name in map(str, self.records[0]):
+        for name in list_names(self.records):
             values[name] = self._read(name)
         return values
 

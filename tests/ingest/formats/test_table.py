@@ -372,17 +372,49 @@ def test_boxes_in_columns_of_unknown_names(boxes: list[Any], expected: str | Non
     assert find_box_format(records, "a,b,c,d", [(200, 100), None]) is None
 
 
-@pytest.mark.parametrize(("units", "num_boxes"), [(None, 0), ("pixel", 2)])
-def test_units_convert_boxes_inside_of_fields(tmp_path: Path, units: Any, num_boxes: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "num_boxes"), [({}, 0), ({"box_units": "pixel"}, 2), ({"box_format": "xyxy"}, 2)]
+)
+def test_units_convert_boxes_inside_of_fields(
+    tmp_path: Path, options: dict[str, Any], num_boxes: int
+) -> None:
     write_gray_image(tmp_path / "a.png", 40, 20)
     spots = [{"spot": [1, 2, 9, 12], "kind": "dent"}, {"spot": [3, 4, 30, 18], "kind": "dent"}]
     row = {"photo": "a.png", "found": {"spots": spots, "state": "bent"}}
     source = write_jsonl(tmp_path / "rows.jsonl", [row])
     columns = {"image": "photo", "fields": "found.spots,found.state"}
-    (sample,), _ = import_samples(
-        source, tmp_path / "out", columns=columns, prompt="?", box_units=units
-    )
+    (sample,), _ = import_samples(source, tmp_path / "out", columns=columns, prompt="?", **options)
     boxes = [part.xyxy for part in sample.messages[-1].content if isinstance(part, BoxPart)]
     assert boxes == [(1, 2, 9, 12), (3, 4, 30, 18)][:num_boxes]
     if not boxes:
         assert json.loads(join_text(sample.messages[-1].content)) == row["found"]
+
+
+@pytest.mark.parametrize("units", [None, "pixel"])
+def test_units_of_a_box_column_leave_numbers_in_fields(folder: Path, units: Any) -> None:
+    spots = [{"spot": [1, 2, 9, 12], "kind": "dent"}]
+    record = {"b": [3, 4, 30, 18], "spots": spots, "state": "bent"}
+    columns = {"image": "image", "box": "b", "fields": "spots,state"}
+    found = case(folder, record, columns, prompt="?", box_units=units)
+    text, box = found.answers[0]
+    assert json.loads(text.text) == {"spots": spots, "state": "bent"}
+    assert box.xyxy == (3, 4, 30, 18)
+
+
+def test_rows_may_lack_some_fields_and_no_coordinate(folder: Path) -> None:
+    found = case(folder, {"color": "red"}, "image=image fields=color,size", prompt="?")
+    assert summarize_content(found.answers[0]) == ['{"color": "red"}']
+    with pytest.raises(InvalidBoxError, match="None"):
+        case(folder, {"x1": 1, "y1": 2, "x2": 9}, "image=image box=x1,y1,x2,y2", prompt="?")
+
+
+def test_rows_of_boxes_may_lack_some_fields(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png", 40, 20)
+    row = {"image": "a.png", "b": [1, 2, 9, 12], "color": "red"}
+    rows = [row, {**row, "b": [3, 4, 30, 18]}, {**row, "size": "small"}]
+    columns = {"image": "image", "box": "b", "fields": "color,size"}
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    samples, _ = import_samples(source, tmp_path / "out", columns=columns, prompt="?")
+    answers = [json.loads(sample.messages[-1].content[0].text) for sample in samples]
+    assert answers == [{"color": "red"}, {"color": "red", "size": "small"}]
+    assert [len(sample.messages[-1].content) for sample in samples] == [3, 2]

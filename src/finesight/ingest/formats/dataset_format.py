@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -195,7 +196,15 @@ def decode_base64_text(text: str, min_chars: int = MIN_BASE64_CHARS) -> str | No
         decoded = base64.b64decode(encoded, validate=True).decode()
     except ValueError:
         return None
-    return decoded if "".join(decoded.split()).isprintable() else None
+    return decoded if all(map(_is_text_character, decoded)) else None
+
+
+def _is_text_character(character: str) -> bool:
+    """Return whether a character may be a part of a text, such as a joiner of an emoji.
+
+    Control characters and code points without a character are binary data.
+    """
+    return character in "\t\n\r" or unicodedata.category(character) not in ("Cc", "Cn")
 
 
 class InvalidOptionError(UserError):

@@ -783,9 +783,12 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         )
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
     json_answers = _build_json_answers(row, context)
+    # Units of a column of boxes, also guessed ones, do not state what numbers in fields are.
+    has_box_options = bool(context.box_format or context.box_units)
+    states_boxes = has_box_options and "box" not in context.columns
     for text in json_answers:
         answer_parts: list[ContentPart] = [TextPart(text=f"{text}{line_end}")]
-        if context.box_units is not None:  # the user states what numbers inside of fields are
+        if states_boxes:
             answer_parts = list(parse_answer(f"{text}{line_end}", images))
         answers.append((*answer_parts, *boxes))
     if not answers and "box" in context.columns and not {"answer", "fields"} & set(context.columns):
@@ -1209,12 +1212,22 @@ def _read_cell(record: Record, context: ImportContext, role: str) -> object:
     column = context.columns.get(role)
     if column is None:
         return None
-    names = [column] if column in record else split_column_names(column, record)
-    # Rows of JSON may lack some of several columns, which the first rows have.
-    if not any(name in record for name in names):
-        names = find_columns(record, role, column)
-    values = [get_cell(record, name) for name in names]
+    values = [get_cell(record, name) for name in find_some_columns(record, role, column)]
     return values[0] if len(values) == 1 else values
+
+
+def find_some_columns(record: Collection[str], role: str, column: str) -> list[str]:
+    """Return the columns mapped to a role, of which a record may lack all but one.
+
+    Rows of JSON may lack some of several columns, which the first rows have.
+
+    Raises:
+        UserError: The record has none of them.
+    """
+    names = [column] if column in record else split_column_names(column, record)
+    if any(name in record or name.partition(".")[0] in record for name in names):
+        return names
+    return find_columns(record, role, column)
 
 
 def parse_list(cell: object) -> object:
@@ -1324,7 +1337,7 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
     column = context.columns.get("fields")
     if column is None:
         return []
-    names, what = find_columns(row.record, "fields", column), ""
+    names, what = find_some_columns(row.record, "fields", column), ""
     # The key of `entities.total` is `total`.
     keys = [name if name in row.record else name.rpartition(".")[2] for name in names]
     duplicate, count = Counter(keys).most_common(1)[0]
@@ -1458,7 +1471,7 @@ def _read_boxes(record: Record, column: str) -> list[object]:
     """
     if not column:
         return []
-    cells = [get_cell(record, name) for name in find_columns(record, "box", column)]
+    cells = [get_cell(record, name) for name in find_some_columns(record, "box", column)]
     if len(cells) == 1:
         return _parse_boxes(cells[0])
     if all(isinstance(cell, list) for cell in cells):

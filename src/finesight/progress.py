@@ -27,7 +27,7 @@ LOG_INTERVAL_S = 10.0
 """Minimum seconds between two lines of a stage when the output is not a terminal."""
 
 
-_STAGE_LINE = re.compile(r"^[^\n]*: (\d+)/(\d+)(?:, (\d+) s left)?$", re.MULTILINE)
+_STAGE_LINE = re.compile(r"^[^\n]*: (\d{1,12})/(\d{1,12})(?:, (\d{1,12}) s left)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from html_text import read_visible_text
 from run_dir_fixtures import make_run, make_sign_answers
 from studio_fixtures import open_client, read_live, write_job, write_outcome, write_recipe
 
-from finesight.app.job_results import describe_result, list_commands
+from finesight.app.job_results import describe_result, explain_metric, list_commands
 from finesight.app.jobs import OUTCOME_FILE, Job, JobOutcome
-from finesight.app.studio_view import STEPS, explain_metric
+from finesight.app.studio_view import STEPS
 from finesight.cli.app import MAX_RESULT_CHARS, run_command, select_result
 from finesight.operations.operation import OUTCOME_VARIABLE
 from finesight.report.i18n import use_language
@@ -21,7 +21,7 @@ from finesight.report.run_verdict import judge_run
 
 PLAN = {
     "chosen": {"fits": True, "total_bytes": 5e9, "run_s": 600.0},
-    "target": {"memory_bytes": 24e9, "name": "RTX 4090", "is_measured": False},
+    "target": {"memory_bytes": 24e9, "name": "RTX 4090", "is_measured": False, "num_gpus": 1},
     "startup_s": 1.0,
     "evaluation": {
         "total_s": 120.0,
@@ -47,6 +47,11 @@ def run_job(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> l
         run_command(arguments)
     outcome = JobOutcome.model_validate_json(file.read_text("utf-8"))
     assert outcome.error is None
+    if arguments[0] == "plan":
+        # The result has what the sentences of a plan that does not fit need.
+        chosen = outcome.result["chosen"] | {"fits": False}
+        result = outcome.result | {"chosen": chosen}
+        assert "smaller images" in describe_result(make_job(*arguments), result)[1]
     return describe_result(make_job(*arguments), outcome.result)
 
 
@@ -65,6 +70,15 @@ def test_results_of_commands_are_sentences(folder, monkeypatch):
     assert duration.startswith("It takes about ")
 
 
+def test_result_with_a_name_that_is_no_text_is_read(folder, monkeypatch):
+    image = folder / "photos/caf\udce9.jpg"
+    image.write_bytes(b"no image")
+    image.with_suffix(".txt").write_text("red\n")
+    words = ("--prompt", "Which color?", "--on-invalid-row", "skip")
+    sentences = run_job(folder, monkeypatch, "import", "photos", "data/a", *words)
+    assert sentences[1] == "1 rows are invalid and were skipped. Details list them."
+
+
 def test_plan_is_memory_time_and_warnings():
     fits, duration, skipped, warning = describe_result(make_job("plan"), PLAN)
     assert fits == "The training fits: it needs about 5.0 GB of the 24 GB of RTX 4090."
@@ -72,9 +86,31 @@ def test_plan_is_memory_time_and_warnings():
     assert skipped == "3 samples are skipped."
     assert "8 of 80 validation answers" in warning
     assert "104 tokens" in warning
-    chosen = PLAN["chosen"] | {"fits": False}
+
+
+def test_plan_that_does_not_fit_says_what_may_be_used_and_changed():
+    chosen = PLAN["chosen"] | {"fits": False, "total_bytes": 22.3e9, "usable_bytes": 21.6e9}
+    chosen |= {"exceeds_host_memory": False, "host_bytes": 90e9, "host_memory_bytes": 64e9}
+    plan = PLAN | {"chosen": chosen, "memory_hints": ["smaller images", "a smaller model"]}
+    problem, advice = describe_result(make_job("plan"), plan)[:2]
+    assert problem == (
+        "The training does not fit: it needs about 22.30 GB, and may use 21.60 GB, 90 % of the"
+        " memory of RTX 4090."
+    )
+    assert advice == "Try one of these: smaller images, a smaller model."
+    several = plan | {"target": PLAN["target"] | {"num_gpus": 4}}
+    assert "of each of 4 RTX 4090." in describe_result(make_job("plan"), several)[0]
+    offloaded = plan | {"chosen": chosen | {"exceeds_host_memory": True}}
+    assert "90.0 GB of memory outside" in describe_result(make_job("plan"), offloaded)[0]
     with use_language("zh"):
-        assert describe_result(make_job("plan"), PLAN | {"chosen": chosen})[0].startswith("放不下")
+        problem, advice = describe_result(make_job("plan"), plan)[:2]
+    assert problem.startswith("放不下")
+    assert "更小的图像、更小的模型" in advice
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e300])
+def test_invalid_durations_have_no_sentence(value):
+    assert len(describe_result(make_job("plan"), PLAN | {"startup_s": value})) <= 4
 
 
 @pytest.mark.parametrize("value", [None, 3, "a", {"a": 1}])
@@ -90,6 +126,7 @@ def test_large_results_and_lists_are_not_recorded():
     assert select_result({"a": float("nan"), "b": Path("c")}) == {"a": None, "b": "c"}
     assert select_result({"a": "x" * MAX_RESULT_CHARS}) == {}
     assert select_result([1]) == {}
+    assert select_result({"caf\udce9.jpg": "caf\udce9"}) == {"caf?.jpg": "caf?"}
     (text,) = describe_result(make_job("merge"), {"folder": "models/\udcff"})
     assert text == "The merged model is in the folder models/?."
 
@@ -103,6 +140,8 @@ def test_serving_commands_are_copied(folder):
     assert 'data-copy="vllm serve &lt;models/a&gt;"' in page
     assert list_commands(job, result) == {"vLLM": "vllm serve <models/a>"}
     assert list_commands(make_job("merge"), result) == {}
+    for text in ("rm -r data", "vllm serve a\nrm -r data", "vllm serve a\x1b[2K"):
+        assert list_commands(job, {"vllm": text}) == {}
 
 
 def add_run(folder: Path) -> Path:
@@ -110,10 +149,18 @@ def add_run(folder: Path) -> Path:
 
 
 def test_metric_is_explained(folder):
-    verdict = judge_run(read_run(add_run(folder)), run=Path("runs/a"))
-    explanation = explain_metric(verdict)
+    row = judge_run(read_run(add_run(folder)), run=Path("runs/a")).primary_row
+    assert row is not None
+    explanation = explain_metric(row.name)
     assert re.fullmatch(r".+: .+\. (From 0 to \d+; higher|Lower) is better\.", explanation)
     assert explanation in read_live(folder, "step=results&run=runs/a&lang=en")["top"]
+    result = {"primary_metric": row.name, "num_samples": 8, "scores": {row.name: 0.5}}
+    assert describe_result(make_job("eval"), result)[1] == explanation
+    with use_language("zh"):
+        assert ". " not in explain_metric("accuracy")
+    assert explain_metric("own_score") == ""
+    own = {"primary_metric": "own_score", "num_samples": 8, "scores": {"own_score": 0.5}}
+    assert len(describe_result(make_job("eval"), own)) == 1
 
 
 def test_pages_have_no_words_of_the_command_line(folder):

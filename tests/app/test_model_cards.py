@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finesight.app import model_cards
-from finesight.app.model_cards import MODEL_CARDS, find_gpu_memory
+from finesight.app.model_cards import MODEL_CARDS, GpuQuery, find_gpu_memory
 from finesight.model_folder import TINY_MODEL
 
 RESULTS_FILE = Path(__file__).parents[2] / "benchmarks/results/which_card.json"
@@ -48,6 +48,9 @@ BOTH = "echo 24564, 0, GPU-a, {mode}; echo 8188, 1, GPU-b, [N/A]"
         (BOTH, None, FIRST),
         (BOTH, "1", SECOND),
         (BOTH, "GPU-a,1", FIRST),
+        (BOTH, "2, 1", SECOND),
+        ("echo 24564, 0, GPU-5a1b, [N/A]", "GPU-5a", FIRST),
+        ("echo 24564, 0, GPU-5a1b, [N/A]", "GPU-5b", 0),
         (BOTH, "", 0),
         (BOTH.format(mode="Enabled"), None, SECOND),
         ("echo N/A, 0, GPU-a, Disabled; echo 8188, 1, GPU-b, Disabled", None, SECOND),
@@ -62,19 +65,21 @@ def test_memory_is_that_of_the_largest_gpu(tmp_path, monkeypatch, program, visib
         file.write_text(f"#!/bin/sh\n{program}\n")
         file.chmod(0o700)
     monkeypatch.setattr(model_cards, "QUERY_GPUS", (str(file),))
-    monkeypatch.setattr(model_cards, "found_gpus", [])
+    monkeypatch.setattr(model_cards, "gpu_query", GpuQuery())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert find_gpu_memory() == expected
 
 
-def test_failed_query_is_repeated(tmp_path, monkeypatch):
+def test_failed_query_is_repeated_after_a_while(tmp_path, monkeypatch):
     file = tmp_path / "nvidia-smi"
     monkeypatch.setattr(model_cards, "QUERY_GPUS", (str(file),))
-    monkeypatch.setattr(model_cards, "found_gpus", [])
+    monkeypatch.setattr(model_cards, "gpu_query", GpuQuery())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert find_gpu_memory() == 0
     file.write_text("#!/bin/sh\necho 24564, 0, GPU-a, Disabled\n")
     file.chmod(0o700)
+    assert find_gpu_memory() == 0
+    model_cards.gpu_query.next_s = 0.0
     assert find_gpu_memory() == FIRST

@@ -46,6 +46,7 @@ from finesight.app.workspace import UPLOAD_MARKER, Workspace
 from finesight.cli.app import build_command, run_command
 from finesight.errors import Step, UserError
 from finesight.files.storage import write_file
+from finesight.files.worker_pool import WorkerLimitError
 from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import import_dataset
 from finesight.model_folder import TINY_MODEL
@@ -108,6 +109,41 @@ def test_import_form_is_checked_before_the_command_starts(
     else:
         assert message == ""
         assert {"What?", *found} <= {*started[0]}
+
+
+def test_last_rows_for_validation_replace_the_prefilled_share(folder, page, started):
+    texts = {"import:source": "photos", "import:out": "a", "import:eval_last": "4"}
+    shown = read_fields(page, {})["import:train_fraction"]
+    page.run_action("import", Selection(), Form(texts=texts | {"import:train_fraction": shown}))
+    assert "--train-fraction" not in started[0]
+    assert started[0][started[0].index("--eval-last") + 1] == "4"
+    page.run_action("import", Selection(), Form(texts=texts | {"import:train_fraction": "0.5"}))
+    assert "--train-fraction" in started[1]
+
+
+def test_names_of_uploads_are_taken(folder, page):
+    add_data(folder, "a")
+    (folder / "uploads/dots").mkdir(parents=True)
+    assert 'data-taken="a dots"' in page.render(Selection())
+
+
+def test_missing_thumbnail_is_not_stored(folder, monkeypatch):
+    add_data(folder, "a")
+    limits = ["too slow"]
+    run_job = Workspace.run_job
+
+    def fail_once(workspace, *arguments):
+        if limits:
+            raise WorkerLimitError(limits.pop())
+        return run_job(workspace, *arguments)
+
+    monkeypatch.setattr(Workspace, "run_job", fail_once)
+    with open_client(folder) as client:
+        answers = [client.get("/view/image?data=data/a&version=1") for _ in range(2)]
+    types = [answer.headers["content-type"] for answer in answers]
+    assert types == ["image/svg+xml", "image/png"]
+    stored = ["max-age" in answer.headers.get("cache-control", "") for answer in answers]
+    assert stored == [False, True]
 
 
 def test_refused_or_failed_import_does_not_block_its_name(folder, page, started):
@@ -345,6 +381,18 @@ def test_options_of_operations_are_fields_of_the_page(folder, page, started):
     texts = {"import:source": "photos", "import:out": "a", "import:rows": "0:3"}
     page.run_action("import", Selection(), Form(texts=texts))
     assert started[1] == ["import", "photos", "data/a", "--rows", "0:3"]
+
+
+@pytest.mark.parametrize("operation", ["eval", "predict"])
+def test_page_names_no_environment(folder, page, started, operation):
+    """An uploaded file may be one."""
+    add_run(folder)
+    (folder / "photos" / "a.txt").write_text("")
+    assert f"{operation}:environment" not in {one.name for one in build_form(operation)}
+    texts = {f"{operation}:environment": "photos/a.txt:A", "predict:out": "out"}
+    texts |= {"predict:images": "photos", "predict:prompt": "Which?"}
+    page.run_action(operation, Selection(step="results", run="runs/a"), Form(texts=texts))
+    assert "--environment" not in started[0]
 
 
 def test_answers_of_an_evaluation_get_a_free_name(folder, page, started):

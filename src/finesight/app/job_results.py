@@ -8,12 +8,18 @@ from typing import Any
 
 from finesight.app.jobs import Job
 from finesight.evaluate.score_format import format_score
-from finesight.metric_components import get_score
+from finesight.metric_components import find_score
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import format_metric_name
 from finesight.report.summary import format_duration, join_words
 
 Result = Mapping[str, Any]
+
+SERVING_PROGRAMS = {
+    "vLLM": ("vllm", "vllm serve "),
+    "SGLang": ("sglang", "python -m sglang"),
+}
+"""Key of the command in the result of an export, and its start, by program."""
 
 
 def describe_result(job: Job, result: Result) -> list[str]:
@@ -26,7 +32,7 @@ def describe_result(job: Job, result: Result) -> list[str]:
     sentences: list[str] = []
     if describe is None or not result:
         return sentences
-    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+    with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         for sentence in describe(result):
             # Names of files may have bytes that are no text.
             sentences.append(sentence.encode(errors="replace").decode())
@@ -37,11 +43,26 @@ def list_commands(job: Job, result: Result) -> dict[str, str]:
     """Return the serving commands that a command has printed, by program."""
     commands: dict[str, str] = {}
     if job.arguments[0] == "export":
-        for name, key in (("vLLM", "vllm"), ("SGLang", "sglang")):
+        for name, (key, start) in SERVING_PROGRAMS.items():
             command = result.get(key)
-            if isinstance(command, str) and command:
-                commands[name] = command.encode(errors="replace").decode()
+            # Another person may have written the text, which is copied to a terminal.
+            if isinstance(command, str) and command.startswith(start) and command.isprintable():
+                commands[name] = command
     return commands
+
+
+def explain_metric(name: str) -> str:
+    """Return the translated explanation of a metric; empty for an unknown or custom one."""
+    score = find_score(name)
+    if score is None:
+        return ""
+    title = translate(score.title)
+    scale = translate("Lower is better.")
+    if not score.lower_is_better:
+        scale = translate("From 0 to {:g}; higher is better.", score.maximum)
+    if not score.description:
+        return translate("{}: {}", title, scale)
+    return translate("{}: {}. {}", title, translate(score.description), scale)
 
 
 def _describe_import(result: Result) -> Iterator[str]:
@@ -77,14 +98,32 @@ def _describe_plan(result: Result) -> Iterator[str]:
     target = result["target"]
     memory_gb = target["memory_bytes"] / 1e9
     needed_gb = chosen["total_bytes"] / 1e9
-    if chosen["fits"]:
-        text = "The training fits: it needs about {:.1f} GB of the {:.0f} GB of {}."
-    else:
-        text = "The training does not fit: it needs about {:.1f} GB, and there are {:.0f} GB in {}."
     name = target["name"]
     if target["is_measured"]:
         name = translate("this machine")
-    yield translate(text, needed_gb, memory_gb, name)
+    if target["num_gpus"] > 1:
+        name = translate("each of {} {}", target["num_gpus"], target["name"])
+    if chosen["fits"]:
+        text = "The training fits: it needs about {:.1f} GB of the {:.0f} GB of {}."
+        yield translate(text, needed_gb, memory_gb, name)
+    else:
+        if chosen["exceeds_host_memory"]:
+            yield translate(
+                "The training does not fit: it needs about {:.1f} GB of memory outside of the GPU,"
+                " and this machine has {:.1f} GB.",
+                chosen["host_bytes"] / 1e9,
+                chosen["host_memory_bytes"] / 1e9,
+            )
+        else:
+            yield translate(
+                "The training does not fit: it needs about {:.2f} GB, and may use {:.2f} GB, 90 %"
+                " of the memory of {}.",
+                needed_gb,
+                chosen["usable_bytes"] / 1e9,
+                name,
+            )
+        hints = [translate(hint) for hint in result["memory_hints"]]
+        yield translate("Try one of these: {}.", translate(", ").join(hints))
     total_s = result["startup_s"] + chosen["run_s"]
     evaluation = result["evaluation"]
     yield translate(
@@ -115,8 +154,8 @@ def _describe_evaluation(result: Result) -> Iterator[str]:
         num_samples,
         format_score(result["scores"][name], num_samples),
     )
-    if explanation := get_score(name).description:
-        yield f"{format_metric_name(name)}: {translate(explanation)}"
+    if explanation := explain_metric(name):
+        yield explanation
 
 
 def _describe_guard(result: Result) -> Iterator[str]:

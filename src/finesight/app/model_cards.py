@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ QUERY_GPUS = (
     "--format=csv,noheader,nounits",
 )
 QUERY_TIMEOUT_S = 10.0
+
+RETRY_INTERVAL_S = 60.0
+"""Seconds after a failed query without another one, which would delay each page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,26 +152,50 @@ def find_gpu_memory() -> float:
 
     A GPU in MIG mode counts as none, because the query does not state the sizes of its parts.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     sizes = [0.0]
     for line in _query_gpus():
         size, index, uuid, mig_mode = (*(word.strip() for word in line.split(",")), "", "", "")[:4]
-        is_visible = visible is None or not {index, uuid}.isdisjoint(visible.split(","))
-        if is_visible and mig_mode != "Enabled":
+        if _is_visible(index, uuid) and mig_mode != "Enabled":
             with suppress(ValueError):  # N/A for a GPU without memory of its own
                 sizes.append(float(size) * 2**20 / 1e9)
     return max(sizes)
 
 
+def _is_visible(index: str, uuid: str) -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES names a GPU, by its index or the start of its UUID."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return True
+    for word in visible.split(","):
+        name = word.strip()
+        if name and (name == index or uuid.startswith(name)):
+            return True
+    return False
+
+
+@dataclass(slots=True)
+class GpuQuery:
+    """Result of the last query.
+
+    Attributes:
+        lines: Its lines; empty after a failure.
+        next_s: Time of the monotonic clock from which a failed query is repeated.
+    """
+
+    lines: Sequence[str] = ()
+    next_s: float = 0.0
+
+
+gpu_query = GpuQuery()
+
+
 def _query_gpus() -> Sequence[str]:
-    """Return the lines of the query. A failure is not cached, since a driver may start later."""
-    if not found_gpus:
+    """Return the lines of the query. A failed one is repeated, since a driver may start later."""
+    if not gpu_query.lines and time.monotonic() >= gpu_query.next_s:
         with suppress(OSError, subprocess.SubprocessError):
             answer = subprocess.run(
                 QUERY_GPUS, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True
             )
-            found_gpus.extend(answer.stdout.splitlines())
-    return found_gpus
-
-
-found_gpus: list[str] = []
+            gpu_query.lines = answer.stdout.splitlines()
+        gpu_query.next_s = time.monotonic() + RETRY_INTERVAL_S
+    return gpu_query.lines

@@ -37,6 +37,7 @@ OPTION_LABELS: Mapping[str, str] = {
     "model": "Check for this model",
     "max_length": "Maximum length of a sample",
     "gpus": "Number of GPUs",
+    "search:gpus": "GPUs of the search",
     "gpu": "Name of the GPU",
     "force": "Start even without enough memory",
     "trials": "Maximum number of trials",
@@ -48,9 +49,8 @@ OPTION_LABELS: Mapping[str, str] = {
     "image_format": "Another image format",
     "max_num_seqs": "Requests at the same time",
     "base": "Base model",
-    "environment": "Environment with tools",
 }
-"""Label of each option by the name of its parameter."""
+"""Label of each option by parameter, or by form and parameter."""
 
 OPTION_HINTS: Mapping[str, str] = {
     "train_fraction": "Between 0 and 1, such as 0.9; the other samples are for validation. Samples"

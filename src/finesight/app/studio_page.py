@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import time
@@ -43,6 +44,7 @@ from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
     FORMS,
     FORMS_OF_STEPS,
+    IMPORT_SHARE,
     STEP_NAMES,
     YES_NO,
     Selection,
@@ -52,7 +54,7 @@ from finesight.app.studio_view import (
     build_missing_error,
     name_actions,
 )
-from finesight.app.thumbnail import read_thumbnail
+from finesight.app.thumbnail import EMPTY_IMAGE, read_thumbnail
 from finesight.app.workspace import as_argument
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.files.storage import temporary_folder, translate_os_errors
@@ -247,7 +249,7 @@ class StudioPage:
             questions=QUESTIONS,
             sources=SOURCES,
             num_tickets=NUM_TICKETS,
-            taken_names=sorted({one.path.name for one in state.content.datasets}),
+            taken_names=self._list_taken_names(state),
             model_cards=MODEL_CARDS,
             gpu_gb=find_gpu_memory() if selection.step == "plan" else 0.0,
             num_train=state.dataset.num_train if state.dataset else 0,
@@ -256,6 +258,13 @@ class StudioPage:
             needs_prompt=not values["label:prompt"] and state.run is None,
             has_password=self.has_password,
         )
+
+    def _list_taken_names(self, state: StudioState) -> list[str]:
+        """Return the names of data sets and uploads, which a new data set does not get."""
+        names = {one.path.name for one in state.content.datasets}
+        with contextlib.suppress(OSError):
+            names.update(os.listdir(self.view.workspace.folder / "uploads"))
+        return sorted(names)
 
     def read_values(self, state: StudioState) -> dict[str, str]:
         """Return the values of the fields for the selected items, or those of the last command."""
@@ -416,6 +425,9 @@ class StudioPage:
             raise build_missing_error("files")
         check_number(form.roles)
         texts = {**form.texts, "import:source": source}
+        if form.get("import:eval_last") and form.get("import:train_fraction") == IMPORT_SHARE:
+            # The form contains this share by default, and an import accepts one of the two.
+            del texts["import:train_fraction"]
         request = ImportRequest(
             texts, self._read_form("import", form.model_copy(update={"texts": texts}))
         )
@@ -791,7 +803,9 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         if request.path_params["name"] == "image":
             read = partial(read_thumbnail, view.workspace, params)
             image, media_type = await image_jobs.run(request, read)
-            return Response(image, media_type=media_type, headers=IMAGE_HEADERS)
+            # A missing image may be there at the next attempt.
+            headers = FILE_HEADERS if image == EMPTY_IMAGE else IMAGE_HEADERS
+            return Response(image, media_type=media_type, headers=headers)
         render = partial(view.read_check_page, selection)
         if request.path_params["name"] == "report":
             values: dict[str, list[str]] = {}

@@ -15,18 +15,20 @@ StepState = Literal["done", "current", "next", "open"]
 
 
 def find_step_states(
-    steps: Sequence[str], current: str, done: Collection[str]
+    steps: Sequence[str], current: str, done: Collection[str], next_step: str
 ) -> dict[str, StepState]:
-    """Return the state of each step. The next one follows the last step that is done."""
+    """Return the state of each step.
+
+    Args:
+        next_step: Step to which the page leads, which is not marked if it is done; empty for none.
+    """
     states: dict[str, StepState] = {}
-    num_passed = 0
-    for number, step in enumerate(steps, 1):
+    for step in steps:
         states[step] = "open"
         if step in done:
             states[step] = "done"
-            num_passed = number
-    if num_passed < len(steps):
-        states[steps[num_passed]] = "next"
+        elif step == next_step:
+            states[step] = "next"
     states[current] = "current"
     return states
 

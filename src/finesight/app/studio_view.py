@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from finesight.app.job_results import describe_result, list_commands
+from finesight.app.job_results import describe_result, explain_metric, list_commands
 from finesight.app.jobs import Job, JobStore
 from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
 from finesight.app.pages import describe_error
@@ -34,8 +34,9 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.files.bounded_files import read_text
 from finesight.ingest.source_options import SourceOptions
+from finesight.label.label_store import JOURNAL_FILE
 from finesight.launch.launcher_component import LAUNCHERS
-from finesight.metric_components import METRICS, get_score
+from finesight.metric_components import METRICS
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
@@ -95,6 +96,9 @@ class FormField:
     parameter: Parameter | None = None
 
 
+IMPORT_SHARE = "0.9"
+"""Default share of an import for training."""
+
 FORMS: dict[str, Mapping[str, FormField | None]] = {
     "import": {
         "source": FormField("File or folder in the workspace", "photos"),
@@ -103,7 +107,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "columns": FormField(
             "Columns (empty: detected)", "image=path answer=caption", is_advanced=True
         ),
-        "train_fraction": FormField(value="0.9"),
+        "train_fraction": FormField(value=IMPORT_SHARE),
         "explain": None,
     },
     "label": {
@@ -188,6 +192,7 @@ HIDDEN_OPTIONS = (
     "allow_host",
     "allow_media_host",
     "trust_metric",
+    "environment",
     "language",
     "seed",
     "stop_after",
@@ -253,10 +258,11 @@ def _describe_parameter(
         is_advanced = field.is_advanced or (is_run and not runs)
         return replace(field, choices=choices, parameter=parameter, is_advanced=is_advanced)
     shown = "" if is_flag or default in (None, ()) else str(default)
+    label = OPTION_LABELS.get(f"{form}:{parameter.name}") or OPTION_LABELS.get(parameter.name)
     hint = OPTION_HINTS.get(f"{form}:{parameter.name}") or OPTION_HINTS.get(parameter.name)
     return FormField(
         # An option of a plug-in or a later command has no label yet.
-        label=OPTION_LABELS.get(parameter.name, parameter.name.replace("_", " ").capitalize()),
+        label=label or parameter.name.replace("_", " ").capitalize(),
         placeholder=shown,
         value=field.value,
         choices=choices,
@@ -315,8 +321,10 @@ MISSING_MESSAGES = {
 }
 """Message about a missing item or an empty field by its name."""
 
+CHECK_ERROR_EXIT_CODE = 2
+
 OUTCOMES = {
-    "check": {2: "errors found", 3: "warnings found"},
+    "check": {CHECK_ERROR_EXIT_CODE: "errors found", 3: "warnings found"},
     "plan": {2: "does not fit"},
     "train": {75: "checkpoint saved"},
     "results": {3: "regression found", 4: "unreadable images skipped"},
@@ -403,7 +411,8 @@ class RunCard:
     @property
     def explanation(self) -> str:
         """Translated explanation of the primary metric; empty without one."""
-        return explain_metric(self.verdict)
+        row = self.verdict.primary_row
+        return explain_metric(row.name) if row else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,8 +468,7 @@ class StudioView:
             active = [job.target for job in self.jobs.list_running() if job.step == step]
             found = [path for path in paths if str(path) in active]
             if dataset and not (name or found) and use_newest:
-                texts = ((one, self.workspace.read_recipe(one / file)[0]) for one in paths)
-                found = [*islice((one for one, text in texts if f"{dataset.path}/" in text), 1)]
+                found = [*islice((x for x in paths if self._uses_data(x / file, dataset)), 1)]
             return _select([*found, *paths], name, str, use_newest)
 
         recipe = select(content.recipes, selection.recipe, "train", "")
@@ -498,6 +506,7 @@ class StudioView:
         outcome = job.read_outcome() if job else None
         error = outcome.error if outcome and status == "failed" else None
         result = outcome.result if outcome and status == "finished" else {}
+        next_step = self._find_next_step(state)
         meaning = "ended without a result, often for lack of memory" if status == "killed" else ""
         if job is not None and outcome is not None and status != "failed":
             meaning = OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
@@ -511,7 +520,9 @@ class StudioView:
             "job": job,
             "status": status,
             "running": self._list_running(state),
-            "step_states": find_step_states(STEPS, selection.step, self._list_done_steps(state)),
+            "step_states": find_step_states(
+                STEPS, selection.step, self._list_done_steps(state), next_step
+            ),
             "log": job.read_log() if job else "",
             "error": describe_error(UserError(**dict(error)), name_actions) if error else "",
             "proposals": self.list_proposals(state),
@@ -534,7 +545,7 @@ class StudioView:
             "weights": str(weights or ""),
             "saved_at": self._read_saved_time(state.recipe),
             "next_data": _find_next_data(state),
-            "next_step": self._find_next_step(state),
+            "next_step": next_step,
             "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
             "launch_command": _format_launch(state.recipe),
             "launchers": ", ".join(one.name for one in LAUNCHERS.list_available() if one.has_queue),
@@ -602,22 +613,54 @@ class StudioView:
             running.append(describe_running(job, status))
         return running
 
+    def _uses_data(self, recipe: Path, dataset: WorkspaceDataset) -> bool:
+        """Return whether a recipe names a file of a data set."""
+        return f"{dataset.path}/" in self.workspace.read_recipe(recipe)[0]
+
     def _list_done_steps(self, state: StudioState) -> list[str]:
-        """Return the steps whose result exists for the selected items."""
-        dataset, run = state.dataset, state.run
+        """Return the steps whose result exists for the selected data set.
+
+        A recipe or run of other data is no result.
+        """
+        dataset = state.dataset
+        recipe = state.recipe
+        run = state.run
+        if dataset is None:
+            return []
+        if recipe is not None and not self._uses_data(recipe, dataset):
+            recipe = None
+        if run is not None and not self._uses_data(run / RECIPE_FILE, dataset):
+            run = None
         is_trained = run is not None and self.read_status(run).kind == "finished"
-        used = {job.step for job in self.jobs.list_jobs(target=str(run or ""))}
         has_result = {
-            "data": dataset is not None,
-            "label": dataset is not None,
-            "check": dataset is not None and (self.workspace.folder / dataset.check_page).is_file(),
-            "plan": state.recipe is not None,
+            "data": True,
+            # Imported data have labels, but the step Label has not written them.
+            "label": (self.workspace.folder / dataset.path / JOURNAL_FILE).is_file(),
+            "check": self._is_checked(dataset),
+            "plan": recipe is not None,
             "train": is_trained,
             "results": is_trained,
-            "chat": "chat" in used,
-            "export": "export" in used,
+            "chat": self._is_used(run, "chat"),
+            "export": self._is_used(run, "export"),
         }
         return [step for step in STEPS if has_result[step]]
+
+    def _is_checked(self, dataset: WorkspaceDataset) -> bool:
+        """Return whether a data set has a check, whose newest one has found no errors."""
+        jobs = self.jobs.list_jobs("check", str(dataset.path))
+        outcome = jobs[0].read_outcome() if jobs else None
+        has_errors = outcome is not None and outcome.exit_code == CHECK_ERROR_EXIT_CODE
+        return not has_errors and (self.workspace.folder / dataset.check_page).is_file()
+
+    def _is_used(self, run: Path | None, step: str) -> bool:
+        """Return whether a command of a step has finished for a run, or its server is ready."""
+        if run is None:
+            return False
+        for job in self.jobs.list_jobs(step, str(run)):
+            status = job.status
+            if status == "finished" or (status == "running" and job.is_server and job.is_ready):
+                return True
+        return False
 
     def _is_good(self, state: StudioState) -> bool:
         """Return whether the selected run is better than its model, and can be used."""
@@ -846,20 +889,6 @@ def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> ListedRun:
         guard={},
     )
     return ListedRun(listed, build_sparkline(record.steps))
-
-
-def explain_metric(verdict: RunVerdict) -> str:
-    """Return the translated explanation of the primary metric; empty without one."""
-    row = verdict.primary_row
-    if row is None:
-        return ""
-    score = get_score(row.name)
-    scale = translate("Lower is better.")
-    if not score.lower_is_better:
-        scale = translate("From 0 to {:g}; higher is better.", score.maximum)
-    if not score.description:
-        return f"{translate(score.title)}: {scale}"
-    return f"{translate(score.title)}: {translate(score.description)}. {scale}"
 
 
 def name_job(job: Job) -> str:

@@ -12,7 +12,7 @@ from finesight.app.import_preview import SHOWN_SIDE, ThumbnailMaker, iter_visual
 from finesight.app.line_counter import MAX_COUNTED_BYTES
 from finesight.app.workspace import DATA_FILES, Workspace
 from finesight.errors import UserError
-from finesight.files.worker_pool import JobOutput, WorkerLostError
+from finesight.files.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
 from finesight.samples.corpus import open_sample_source
 from finesight.settings.manifest import RECIPE_FILE
 
@@ -56,9 +56,14 @@ def _find_samples(workspace: Workspace, params: Mapping[str, str]) -> Path | Non
 
 @lru_cache(maxsize=500)
 def _read_version(workspace: Workspace, file: Path, version: int) -> str:
-    """Return the first image of a data file as a data URL; empty without one."""
+    """Return the first image of a data file as a data URL; empty without one.
+
+    Raises WorkerLimitError if reading takes too long, which the next attempt may not.
+    """
     try:
         return str(workspace.run_job(make_thumbnail, workspace.folder, file))
+    except WorkerLimitError:
+        raise
     except UserError:
         return ""
 

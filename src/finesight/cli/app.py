@@ -278,12 +278,15 @@ def _print_outcome(outcome: Outcome[object], *, as_json: bool) -> None:
 def select_result(data: object) -> object:
     """Return the data of a result for a report.
 
-    It is empty for a list of records and for large data.
+    It is empty for a list of records and for large data. Non-UTF-8 bytes of names become question
+    marks: as escaped surrogates, they would make the report unreadable.
     """
+    from finesight.samples.sample import to_json_data
+
     if isinstance(data, dict):
-        text = _format_json(data)
+        text = json.dumps(to_json_data(data), ensure_ascii=False)
         if len(text) <= MAX_RESULT_CHARS:
-            return json.loads(text)
+            return json.loads(text.encode(errors="replace"))
     return {}
 
 

@@ -300,7 +300,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     """Convert the plan of a run to JSON data, in bytes, FLOPs and seconds."""
     target = plan.target
     data = asdict(plan)
-    for name in ("recipe_estimate", "chosen_estimate", "num_samples", "memory_hints", "advice"):
+    for name in ("recipe_estimate", "chosen_estimate", "num_samples", "advice"):
         del data[name]
     advice = None
     if plan.advice is not None:
@@ -332,7 +332,10 @@ def _estimate_to_dict(plan: RunPlan, estimate: SettingsEstimate) -> dict[str, An
         **asdict(estimate.settings),
         "fits": estimate.fits,
         "phase": estimate.phase,
+        "usable_bytes": estimate.memory_limit,
         "host_bytes": estimate.host_bytes,
+        "host_memory_bytes": estimate.host_memory_bytes,
+        "exceeds_host_memory": estimate.exceeds_host_memory,
         "memory": asdict(estimate.peak),
         "allocated_gb": estimate.peak.allocated / 1e9,
         "total_bytes": estimate.peak.total,

@@ -181,7 +181,8 @@ const proposeName = (files) => {
   return free;
 };
 
-let proposedName = byId("import:out")?.value;
+// The name of an earlier upload stays: new files are added to it.
+let proposedName = byId("import:source")?.value ? "" : byId("import:out")?.value;
 
 /** Shows what was chosen, before anything is sent. */
 const showChosen = () => {
@@ -218,11 +219,22 @@ const showChosen = () => {
 };
 
 const dropFiles = (event) => {
-  const zone = event.target.closest?.(".drop");
-  if (!zone || !event.dataTransfer?.types.includes("Files")) return;
+  if (!event.dataTransfer?.types.includes("Files")) return;
+  // Elsewhere on the page, the browser would open the file instead of the page.
   event.preventDefault();
+  const zone = event.target.closest?.(".drop");
+  if (!zone) {
+    event.dataTransfer.dropEffect = "none";
+    return;
+  }
   zone.classList.toggle("over", event.type === "dragover");
   if (event.type !== "drop") return;
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.());
+  if (entries.some((entry) => entry?.isDirectory)) {
+    const advice = translate("Choose the files inside of the folder, or an archive of it.");
+    report(translate("A folder cannot be uploaded."), { message: advice });
+    return;
+  }
   byId("upload").files = event.dataTransfer.files;
   byId("upload").dispatchEvent(new Event("input", { bubbles: true }));
 };

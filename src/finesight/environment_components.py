@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from finesight.components import Component, ComponentRegistry
+from finesight.errors import UserError, describe_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +46,26 @@ ENVIRONMENTS = ComponentRegistry[EnvironmentComponent](
     "environments", EnvironmentComponent, "finesight.evaluate.environments"
 )
 """Environments by name: values of `environment` of an objective, beside classes in files."""
+
+# A name with `python:` is that of a function of the running program.
+_FILE_CLASS = re.compile(r"(?!python:).+\.py:[A-Za-z_]\w*")
+
+
+def is_environment(name: str) -> bool:
+    """Return whether a name is that of a class in a Python file, or of a component."""
+    return _FILE_CLASS.fullmatch(name) is not None or name in ENVIRONMENTS
+
+
+def require_environment(name: str) -> None:
+    """Verify the name of an environment. Other files than Python files are never executed.
+
+    Raises:
+        UserError: It is neither `FILE.py:CLASS` nor the name of a component.
+    """
+    if not is_environment(name):
+        raise UserError(
+            f"no environment {name!r:.80}",
+            where="environment",
+            expected=describe_choices([*ENVIRONMENTS], "environment, or FILE.py:CLASS"),
+            remedy="correct the name",
+        )

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finesight.errors import UserError
 from finesight.evaluate.environment import Environment, EpisodeError, ToolResult
 from finesight.evaluate.environment_worker import parse_docstring
+from finesight.evaluate.generation_eval import find_episode_settings
 
 FILE = """
 from __future__ import annotations
@@ -48,6 +50,18 @@ class Mouse:
     def get_reward(self):
         return None
 """
+
+
+@pytest.mark.parametrize("name", ["mouse.txt:Mouse", "mouse.py:", "python:mouse.py:Mouse", "zoom"])
+def test_only_classes_of_python_files_are_executed(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("mouse.py", "mouse.txt", "python:mouse.py"):
+        (tmp_path / file).write_text("open('executed', 'w').close()")
+    with pytest.raises(UserError, match="no environment"):
+        Environment(name, None, 30.0)
+    with pytest.raises(UserError, match="no environment"):
+        find_episode_settings("finesight-tiny", name)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_tools_are_the_public_methods(tmp_path):

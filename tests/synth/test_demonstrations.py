@@ -1,5 +1,6 @@
 """Demonstrations: conversations with the results that the environment returns."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,33 @@ def test_screenshots_follow_the_calls(gui, tmp_path):
         assert len(sample.messages) == 2 + 2 * len(task.calls)
         images = [image.tobytes() for image in open_images(sample, folder)]
         assert len(set(images)) == 1 + len(task.calls)
+
+
+def test_environment_receives_seed_and_boxes(tmp_path):
+    """Also at a second try, after the environment failed."""
+    file = tmp_path / "seeded.py"
+    file.write_text(SEEDED)
+    tasks = write_small_words(tmp_path / "words", 2, 0)
+    tasks = [replace(task, calls=[ToolCallPart(name="look", arguments={})]) for task in tasks]
+    (tmp_path / "words" / "results").mkdir()
+    with Environment(f"{file}:Seeded", None, 30.0) as environment:
+        samples = read_samples(write_demonstrations(tmp_path / "words", tasks, environment))
+    texts = [json.loads(sample.messages[2].content[0].text) for sample in samples]
+    assert texts[0][0] != texts[1][0]
+    assert texts[0][1] == []
+
+
+SEEDED = """
+import json
+
+class Seeded:
+    def reset(self, seed, boxes):
+        self.values = [seed, boxes]
+
+    def look(self) -> str:
+        '''Look.'''
+        return json.dumps(self.values)
+"""
 
 
 def test_wrong_demonstrations_are_refused(zoom, gui, tmp_path):

@@ -58,6 +58,14 @@ def test_window_has_the_state_of_its_input():
     assert window.find_box("kiwi") is not None
 
 
+def test_field_without_text_is_no_input():
+    window = GuiWindow(LAYOUT)
+    click(window, "City")
+    window.type_text("Rome")
+    window.type_text("")
+    assert window.state == WindowState()
+
+
 def test_screenshots_show_the_state():
     window = GuiWindow(LAYOUT)
     images = [window.draw()]

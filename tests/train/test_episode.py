@@ -31,6 +31,7 @@ from finesight.evaluate.environment import (
     ToolResult,
 )
 from finesight.evaluate.episode import EpisodeRunner, EpisodeStart, add_tools
+from finesight.infer import prediction
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import iter_completions
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
@@ -484,6 +485,55 @@ def test_times_of_tools_do_not_change_batches(tmp_path, monkeypatch):
     first = sample_episodes([0.0, 0.0, 0.0])
     assert sample_episodes([0.3, 0.15, 0.0]) == first
     assert sample_episodes([0.0, 0.2, 0.4]) == first
+
+
+def test_stop_is_noticed_while_tools_run(tmp_path, monkeypatch):
+    model, renderer = make_random_model(tmp_path, "qwen3_vl")
+    sample = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    prompt = renderer.encode_prompt(LocatedSample(sample, tmp_path))
+    request = GenerationRequest(prompt=prompt, max_new_tokens=1)
+    engine = Engine(model, renderer.end_ids, max_num_seqs=1, num_cache_tokens=1 << 10)
+    endless: Future[GenerationRequest | None] = Future()
+
+    def stop(num_finished: int) -> None:
+        if calls:
+            raise KeyboardInterrupt
+
+    def follow_up(*values: Any) -> Future[GenerationRequest | None]:
+        calls.append(values)
+        return endless
+
+    calls: list[Any] = []
+    monkeypatch.setattr(prediction, "POLL_SECONDS", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        list(iter_completions(engine, [(0, request)], 1, stop, follow_up))
+
+
+def test_records_of_results_are_limited(tmp_path):
+    """They contain what the model received, without the rest of long texts and of many images."""
+    renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "tiny")))
+    sample = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    environment = RandomEnvironment(random.Random(0))
+    prompt = renderer.encode_prompt(add_tools(LocatedSample(sample, tmp_path), environment.tools))
+    runner = EpisodeRunner(environment, renderer, start_empty, max_iterations=3)
+    image = Image.new("RGB", (40, 40))
+    results = [ToolResult(["x" * 5000, *[image] * 10])]
+    ids = [*renderer.tokenizer.encode(ToolCallPart(name="zoom").to_text()), renderer.end_ids[0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RandomSession, "call_tool", lambda *args: results[0])
+        request: GenerationRequest | None = GenerationRequest(prompt=prompt, max_new_tokens=10**6)
+        for _ in range(2):
+            assert request is not None
+            request = continue_episode(runner, 0, request, ids)
+        assert request is not None
+        last = replace(request, max_new_tokens=len(ids) + 3)
+        assert continue_episode(runner, 0, last, ids) is None
+    episode = runner.episodes[0]
+    assert [turn.role for turn in episode.turns] == ["assistant", "tool"] * 2 + ["assistant"]
+    parts = [part for turn in episode.turns for part in turn.content if turn.role == "tool"]
+    assert sum("image" in part for part in parts) == 16
+    assert sum(part.get("text") == "[an image that is not recorded]" for part in parts) == 4
+    assert parts[0]["text"] == "x" * 3900 + " [and 1,100 more characters]"
 
 
 def test_further_calls_of_a_turn_are_answered(tmp_path):

@@ -213,12 +213,19 @@ def trust_metric(file: Path) -> None:
         append_line(trusted, f"{sha256}  {json.dumps(str(file.resolve()))}")
 
 
-def check_metric(metric: MetricSpec, *, named: bool, trust: bool) -> None:
+def check_metric(
+    metric: MetricSpec,
+    *,
+    named: bool,
+    trust: bool,
+    alternative: str = "choose another metric or reward",
+) -> None:
     """Check whether a metric may be executed, and record its digest.
 
     Args:
         metric: Task name, or `FILE.py:FUNCTION`.
         named: Whether the user named the file in an option or in a recipe outside of run folders.
+        alternative: Remedy that executes nothing.
 
     Raises:
         UserError: The file is in a run folder and its content is not trusted.
@@ -233,9 +240,9 @@ def check_metric(metric: MetricSpec, *, named: bool, trust: bool) -> None:
         raise UserError(
             "an untrusted program in a run folder",
             where=str(file),
-            expected="a metric or reward file that you have executed before, or --trust-metric",
+            expected="a file that you have executed before, or --trust-metric",
             remedy="review the file, then add --trust-metric to execute it (in Python"
-            " trust_metric=True), or choose another metric or reward",
+            f" trust_metric=True), or {alternative}",
         )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from finesight.environment_components import ENVIRONMENTS
-from finesight.errors import UserError, describe_choices
+from finesight.environment_components import require_environment
+from finesight.errors import UserError
 from finesight.evaluate import environment_worker
 from finesight.evaluate.custom_metric import (
     ENVIRONMENT_COPY,
@@ -76,6 +76,7 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
     """
 
     def __init__(self, name: str, run_dir: Path | None, seconds: float) -> None:
+        require_environment(name)
         if run_dir is not None:
             name = resolve_metric_path(name, run_dir, copy_name=ENVIRONMENT_COPY)
         self._where = name
@@ -84,13 +85,6 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
             file, class_name = location
             require_metric_file(file)
             name = f"{file}:{class_name}"
-        elif name not in ENVIRONMENTS:
-            raise UserError(
-                f"no environment {name!r}",
-                where="environment",
-                expected=describe_choices([*ENVIRONMENTS], "environment, or FILE.py:CLASS"),
-                remedy="correct the name",
-            )
         self._seconds = seconds
         self._sessions: set[EnvironmentSession] = set()
         self._pool = WorkerPool(

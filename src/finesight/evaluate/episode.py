@@ -60,6 +60,12 @@ NUM_TOOL_THREADS = 32
 THUMBNAIL_SIDE = 256
 """Maximum side in pixels of the images of tool results in records of episodes."""
 
+MAX_RECORDED_IMAGES = 16
+"""Maximum number of images in the record of an episode."""
+
+MAX_RECORDED_CHARS = 3900
+"""Number of characters of a text of a tool in records. With the note of the rest, pages show it."""
+
 
 @dataclass
 class Episode:
@@ -69,7 +75,7 @@ class Episode:
         sequence: Prompt, answers and tool results so far; only tokens of answers are supervised.
         tokens: Sampled tokens of all answers.
         answer_ids: Tokens of the last answer.
-        is_truncated: Whether a limit ended the episode before the model did.
+        is_truncated: Whether the limit of tokens ended the episode. That of turns does not count.
         turns: Answers and tool results for pages.
         error: Problem of the environment that ended the episode; empty for none.
         reward: Reward of the environment; None without one.
@@ -216,9 +222,9 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
                 results.append(describe_mistake(f"{problem} others were ignored"))
             episode.num_calls += len(calls)
             episode.num_mistakes += sum(result.is_mistake for result in results)
-            episode.turns.append(_record_results(results))
             further = self.append_results(episode, request, results)
             if further is not None:
+                episode.turns.append(_record_results(results, episode.turns))
                 return further
             episode.is_truncated = True
         if self._environment.has_reward:
@@ -286,13 +292,24 @@ def _as_text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _record_results(results: Sequence[ToolResult]) -> EpisodeTurn:
-    """Return the results of tools for pages, with small copies of their images."""
+def _record_results(results: Sequence[ToolResult], turns: Sequence[EpisodeTurn]) -> EpisodeTurn:
+    """Return the results of tools for pages, with small copies of their images.
+
+    Texts and images beyond the limits of the record are replaced by notes.
+
+    Args:
+        turns: Turns of the episode so far.
+    """
+    num_images = sum("image" in part for turn in turns for part in turn.content)
     content = []
     for result in results:
         for block in result.blocks:
             if isinstance(block, str):
-                content.append(_as_text_part(block))
+                content.append(_as_text_part(_shorten(block)))
+                continue
+            num_images += 1
+            if num_images > MAX_RECORDED_IMAGES:
+                content.append(_as_text_part("[an image that is not recorded]"))
                 continue
             thumbnail = block.copy()
             thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -301,6 +318,13 @@ def _record_results(results: Sequence[ToolResult]) -> EpisodeTurn:
             data = base64.b64encode(buffer.getvalue()).decode()
             content.append({"type": "image", "image": f"data:image/jpeg;base64,{data}"})
     return EpisodeTurn("tool", tuple(content))
+
+
+def _shorten(text: str) -> str:
+    num_others = len(text) - MAX_RECORDED_CHARS
+    if num_others <= 0:
+        return text
+    return f"{text[:MAX_RECORDED_CHARS]} [and {num_others:,} more characters]"
 
 
 def open_environment(settings: EpisodeSettings, run_dir: Path | None) -> Environment:
@@ -359,15 +383,22 @@ def predict_episodes(
 
     def start(index: int, prompt: EncodedSample) -> EpisodeStart:
         located = with_tools[index]
+        has_reasoning = renderer.renders_reasoning
         references: ReferenceAnswer = ((), ())
-        if located.sample.messages[-1].role == "assistant":
-            has_reasoning = renderer.renders_reasoning
+        with contextlib.suppress(UserError):  # A question needs no reference answer.
             references = get_reference_answer(located.sample, has_reasoning=has_reasoning)
         seed = derive_environment_seed(located.sample.id)
         return build_start(located, prompt.tokenized, references, renderer.native, seed)
 
     max_iterations = settings.max_tool_calling_iterations
     with EpisodeRunner(environment, renderer.native, start, max_iterations) as runner:
+
+        def skip_sample(index: int, error: CorruptImageError) -> None:
+            if on_corrupt_image is None:
+                raise error
+            # Its episode may have started before the memory was full.
+            runner.episodes.pop(index, None)
+            on_corrupt_image(index, error)
 
         def on_full_memory(batch: int) -> None:
             runner.restart_unfinished()
@@ -381,12 +412,13 @@ def predict_episodes(
             max_new_tokens=settings.max_tokens,
             batch_size=batch_size,
             on_progress=on_progress,
-            on_corrupt_image=on_corrupt_image,
+            on_corrupt_image=skip_sample,
             on_batch_reduced=on_full_memory,
             follow_up=runner.continue_episode,
         )
     episodes = [runner.episodes[index] for index in sorted(runner.episodes)]
-    return [*map(add_episode, predictions, episodes)]
+    pairs = zip(predictions, episodes, strict=True)
+    return [add_episode(prediction, episode) for prediction, episode in pairs]
 
 
 def build_start(

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finesight.encode.renderer import Renderer
-from finesight.environment_components import EpisodeSettings
+from finesight.environment_components import EpisodeSettings, require_environment
 from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
@@ -100,6 +100,9 @@ def find_episode_settings(
         environment: `FILE.py:CLASS`, a component or `NO_ENVIRONMENT`; by default, for a run or its
             checkpoint, that of its recipe, from the copy in the run folder.
         max_new_tokens: Maximum number of tokens of an episode; by default that of the recipe.
+
+    Raises:
+        UserError: The name is that of no environment.
     """
     if environment == NO_ENVIRONMENT:
         return None
@@ -118,6 +121,8 @@ def find_episode_settings(
             copy_name=custom_metric.ENVIRONMENT_COPY,
         )
         settings = replace(settings, environment=copied)
+    if settings is not None:
+        require_environment(settings.environment)
     if settings is not None and max_new_tokens is not None:
         settings = replace(settings, max_tokens=max_new_tokens)
     return settings
@@ -131,7 +136,10 @@ def _read_episode_settings(path: Path) -> EpisodeSettings | None:
     """
     content, _ = parse_recipe(read_recipe_text(path), path)
     train = content.get("train") if isinstance(content, dict) else None
-    section = train.get(train.get("objective")) if isinstance(train, dict) else None
+    objective = train.get("objective") if isinstance(train, dict) else None
+    if not isinstance(train, dict) or not isinstance(objective, str):
+        return None
+    section = train.get(objective)
     if not isinstance(section, dict) or not section.get("environment"):
         return None
     sampling = load_recipe(path).needs.sampling

@@ -8,7 +8,7 @@ import io
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -294,6 +294,9 @@ values are in the prefix cache of the engine.
 FOLLOW_UP_STEPS = 8
 """Number of engine steps after which a further request joins the batch."""
 
+POLL_SECONDS = 1.0
+"""Interval at which a stop is noticed while tools run."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
@@ -360,7 +363,7 @@ def iter_completions(
         is_idle = not engine.has_work
         while turns and (is_idle or turns[0].last_step <= num_steps):
             turn = turns.popleft()
-            next_turn = turn.further.result()
+            next_turn = _await_result(turn.further, on_progress)
             if next_turn is not None:
                 active[engine.add_request(next_turn)] = (turn.index, next_turn, [])
                 continue
@@ -368,6 +371,13 @@ def iter_completions(
             yield turn.index, turn.tokenized, turn.tokens
         if on_progress is not None:
             on_progress(num_finished)
+
+
+def _await_result(future: Future[T], on_progress: Callable[[int], None] | None) -> T:
+    """Return the result of a future. An exception of `on_progress` ends the wait."""
+    while on_progress is not None and wait([future], POLL_SECONDS).not_done:
+        on_progress(0)
+    return future.result()
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""Evaluate, predict, report, compare and diagnose: results and problems of models and runs."""
+"""Evaluate, predict, report, compare and guard: results of models and runs."""
 
 from __future__ import annotations
 
@@ -176,7 +176,12 @@ def _find_trusted_environment(
 
     episodes = find_episode_settings(run_or_model, environment, max_new_tokens)
     if episodes is not None:
-        check_metric(episodes.environment, named=environment is not None, trust=trust)
+        check_metric(
+            episodes.environment,
+            named=environment is not None,
+            trust=trust,
+            alternative="answer without its tools: --environment none",
+        )
         console.log(f"environment: {episodes.environment}")
     return episodes
 

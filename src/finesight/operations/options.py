@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and parsers of their values."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -144,11 +144,18 @@ TrustMetricOption = Annotated[
 ]
 
 
+def format_environments() -> str:
+    """Return the names of the built-in environments, as in a sentence."""
+    from finesight.environment_components import ENVIRONMENTS
+
+    return ", ".join(one.name for one in ENVIRONMENTS.list_built_in())
+
+
 EnvironmentOption = Annotated[
     str | None,
     Parameter(
-        "Environment whose tools the model calls: image_zoom_in_tool, FILE.py:CLASS, or none. "
-        "Default for a run: that of its recipe.",
+        f"Environment whose tools the model calls: {format_environments()}, FILE.py:CLASS, or "
+        "none. Default for a run: that of its recipe.",
         metavar="NAME",
     ),
 ]

@@ -5,6 +5,8 @@ Page data contain thumbnails, boxes, and formulas as MathML.
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import re
 from collections import Counter, defaultdict
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import BOUNDED, UNBOUNDED, ScoreEstimator, estimate_mean
@@ -484,7 +487,13 @@ MAX_TURNS = 64
 MAX_TURN_IMAGES = 16
 """Maximum number of images that are shown of an episode."""
 
-_THUMBNAIL_URL = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]{1,200000}={0,2}")
+MAX_TURN_BYTES = 8_000_000
+"""Maximum size of the images of episodes on a page, in base64."""
+
+MAX_TURN_SIDE = 256
+"""Maximum side in pixels of the images of episodes, which are thumbnails."""
+
+_THUMBNAIL_URL = re.compile(r"data:image/jpeg;base64,([A-Za-z0-9+/]{1,200000}={0,2})")
 
 MAX_BOXES = 200
 """Maximum number of boxes that are drawn per answer."""
@@ -523,9 +532,11 @@ class ExampleDataBuilder:
         self._folders = folders
         self._has_formulas = has_formulas
         self._thumbnails: ThumbnailCache = {} if thumbnails is None else thumbnails
+        self._num_turn_bytes = 0
 
     def build(self, examples: Sequence[Example]) -> JsonObject:
         """Return page data with `examples`, and `images` to which the examples refer by index."""
+        self._num_turn_bytes = 0
         paths: dict[str, None] = {}
         score_names: set[str] = set()
         for example in examples:
@@ -642,6 +653,9 @@ class ExampleDataBuilder:
         num_tokens = line.get("num_tokens")
         if not isinstance(num_tokens, int):
             num_tokens = None
+        turns = read_turns(line, MAX_TURN_BYTES - self._num_turn_bytes)
+        for turn in turns:
+            self._num_turn_bytes += sum(len(part.get("image", "")) for part in turn["parts"])
         return {
             "text": _truncate(text),
             "fields": fields,
@@ -651,7 +665,7 @@ class ExampleDataBuilder:
             "scores": scores,
             "is_complete": is_complete,
             "num_tokens": num_tokens,
-            "turns": read_turns(line),
+            "turns": turns,
         }
 
     def _convert_formula(self, text: str) -> object:
@@ -788,10 +802,13 @@ def read_boxes(content: object) -> list[JsonObject]:
     return valid_boxes
 
 
-def read_turns(line: JsonObject) -> list[JsonObject]:
+def read_turns(line: JsonObject, max_bytes: int = MAX_TURN_BYTES) -> list[JsonObject]:
     """Return the turns of an episode with tools, at most `MAX_TURNS`; none for other answers.
 
     Each turn has `role`, and `parts` with `text`, or with `image`, the data URL of a thumbnail.
+
+    Args:
+        max_bytes: Maximum size of the images in base64. Further ones are left out.
     """
     turns = as_object(line.get("episode")).get("turns")
     if not isinstance(turns, list) or len(turns) < 2:
@@ -803,14 +820,30 @@ def read_turns(line: JsonObject) -> list[JsonObject]:
         parts: list[JsonObject] = []
         for part in map(as_object, content if isinstance(content, list) else []):
             image = part.get("image")
-            if isinstance(image, str) and _THUMBNAIL_URL.fullmatch(image):
+            if isinstance(image, str) and _is_thumbnail(image):
                 num_images += 1
-                if num_images <= MAX_TURN_IMAGES:
+                max_bytes -= len(image)
+                if num_images <= MAX_TURN_IMAGES and max_bytes >= 0:
                     parts.append({"image": image})
             elif isinstance(part.get("text"), str):
                 parts.append({"text": _truncate(part["text"])})
         valid_turns.append({"role": str(turn.get("role"))[:20], "parts": parts})
     return valid_turns
+
+
+def _is_thumbnail(url: str) -> bool:
+    """Return whether a data URL is a JPEG image whose header has the size of a thumbnail.
+
+    Browsers allocate the pixels of an image by its header.
+    """
+    match = _THUMBNAIL_URL.fullmatch(url)
+    if match is None:
+        return False
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(match[1])), formats=("JPEG",)) as image:
+            return max(image.size) <= MAX_TURN_SIDE
+    except Exception:  # invalid headers raise many types
+        return False
 
 
 def _is_truncated(line: JsonObject) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finesight.evaluate.environment import Environment, ResultBlock
+from finesight.evaluate.episode import derive_environment_seed
 from finesight.evaluate.eval_case import get_reference_answer
+from finesight.infer.prediction import box_to_dict
 from finesight.samples.frames import ImageSize
 from finesight.samples.sample import (
     ContentPart,
@@ -42,7 +44,7 @@ def write_demonstrations(
         EpisodeError: The environment fails.
         ValueError: A call is a mistake, or the environment gives no reward for it.
     """
-    (folder / "results").mkdir()
+    (folder / "results").mkdir(exist_ok=True)
     path = folder / "demonstrations.jsonl"
     write_samples(path, [demonstrate(folder, task, environment, frame) for task in tasks])
     return path
@@ -57,13 +59,15 @@ def demonstrate(folder: Path, task: ToolTask, environment: Environment, frame: I
     for part in question.content:
         if isinstance(part, ImagePart):
             images.append(located.resolve_path(part.image))
+    texts, boxes = get_reference_answer(sample)
     row = {
         "id": sample.id,
         "prompt": join_text(question.content),
-        "references": list(get_reference_answer(sample)[0]),
-        "boxes": [],
+        "references": list(texts),
+        "boxes": [box_to_dict(box) for box in boxes],
         "frames": [frame] * len(images),
         "meta": sample.meta,
+        "seed": derive_environment_seed(sample.id),
     }
     messages = [question]
     session = environment.start_episode(row, images)

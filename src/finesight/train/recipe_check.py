@@ -7,7 +7,7 @@ the model and the adapter, `load_run_data` the samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 
 from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.environment import EpisodeError
@@ -335,8 +336,8 @@ def check_rewards(rewards: Sequence[RewardSettings], run: Path | None, sample: S
         raise
 
 
-def check_environment(recipe: Recipe, renderer: Renderer, located: LocatedSample) -> None:
-    """Try an episode without calls for a sample, if the recipe has an environment.
+def check_environment(recipe: Recipe, renderer: Renderer, samples: Iterable[LocatedSample]) -> None:
+    """Try an episode without calls for the first readable sample, if there is an environment.
 
     Raises:
         UserError: The file fails, its class is no environment, or the episode fails.
@@ -345,13 +346,12 @@ def check_environment(recipe: Recipe, renderer: Renderer, located: LocatedSample
     if sampling is None or sampling.episodes is None:
         return
     with open_environment(sampling.episodes, recipe.output_dir) as environment:
-        located = add_tools(located, environment.tools)
-        references = get_reference_answer(located.sample, has_reasoning=renderer.renders_reasoning)
-        try:
-            prompt = renderer.tokenize_prompt(located)
-        except CorruptImageError:  # The run skips the sample.
+        found = _find_readable(renderer, (add_tools(one, environment.tools) for one in samples))
+        if found is None:
             return
-        start = build_start(located, prompt, references, renderer.native, seed=0)
+        located, prompt = found
+        references = get_reference_answer(located.sample, has_reasoning=renderer.renders_reasoning)
+        start = build_start(located, prompt.tokenized, references, renderer.native, seed=0)
         try:
             with closing(environment.start_episode(start.row, start.images)) as session:
                 if environment.has_reward:
@@ -363,6 +363,16 @@ def check_environment(recipe: Recipe, renderer: Renderer, located: LocatedSample
                 expected=f"an environment that starts for sample {located.sample.id!r}",
                 remedy=f"correct the environment {sampling.episodes.environment}",
             ) from error
+
+
+def _find_readable(
+    renderer: Renderer, samples: Iterable[LocatedSample]
+) -> tuple[LocatedSample, EncodedSample] | None:
+    """Return the first sample with readable images, and its prompt. The run skips others."""
+    for located in samples:
+        with suppress(CorruptImageError):
+            return located, renderer.encode_prompt(located)
+    return None
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:
@@ -391,7 +401,7 @@ def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressCon
     LRSchedule(recipe.train, len(sampler))  # rejects a warmup beyond the end
     check_trainable_parts(recipe.tune, train, sampler)
     check_rewards(recipe.rewards, recipe.output_dir, train.first_sample)
-    check_environment(recipe, renderer, train.corpus[train.stats.sample_indices[0]])
+    check_environment(recipe, renderer, map(train.corpus.__getitem__, train.stats.sample_indices))
     if recipe.eval is not None and validation is not None:
         indices = select_eval_samples(validation.stats.sample_indices, recipe.eval.limit)
         samples = [validation.corpus[index].sample for index in indices]

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +116,29 @@ def test_failed_episodes_have_no_loss(masks_truncated):
     assert (record.num_responses, record.num_tokens) == (2, 3 * len(used))
 
 
+def test_failed_episodes_are_no_missing_rewards(monkeypatch):
+    """The check of the first responses counts those that the environment could reward."""
+    episodes = []
+    cases = []
+    for name, error in (("a", ""), ("b", "failed"), ("c", "")):
+        episodes.append(Episode(None, error=error))  # type: ignore[arg-type]
+        cases.append(EvalCase("", (), ("",), (), id=name))
+    rewards_GF = np.array([[1.0], [np.nan], [0.0]])
+    group = Group(0, None, episodes, rewards_GF, [], cases)  # type: ignore[arg-type]
+    counted = []
+    rollout = object.__new__(GrpoRollout)
+    rollout.weights_F = np.ones(1)
+    prompt = SimpleNamespace(tokenized=SimpleNamespace(spans=()))
+    rollout.check = SimpleNamespace(add=lambda *values: counted.append(values))  # type: ignore
+    monkeypatch.setattr(rollout, "read_samples", lambda *values: [(0, prompt)])
+    monkeypatch.setattr(rollout, "sample_episodes", lambda *values: [episodes])
+    monkeypatch.setattr(rollout, "score_responses", lambda *values: group)
+    rollout.sample_groups(0, [0], [])
+    ((checked, totals_G, _),) = counted
+    assert [case.id for case in checked] == ["a", "c"]
+    assert totals_G.tolist() == [1.0, 0.0]
+
+
 def test_environment_of_a_received_run_needs_trust(environment_task, monkeypatch):
     task = environment_task
     monkeypatch.setenv("HOME", str(task.folder / "home"))
@@ -136,6 +161,7 @@ def test_environment_of_a_received_run_needs_trust(environment_task, monkeypatch
     ("changes", "problem"),
     [
         ({"environment": "zoom"}, "train.grpo.environment is 'zoom'"),
+        ({"environment": "letters.txt:Letters"}, "train.grpo.environment is 'letters.txt:Lett"),
         ({"environment": None}, "the reward environment needs an environment"),
         ({"environment": "missing.py:Letters"}, "no such file"),
     ],
@@ -155,6 +181,23 @@ def test_environment_is_tried_before_training(environment_task):
     assert caught.value.where == f"{file}:5"
     assert str(caught.value.remedy) == f"correct the environment {file}:Letters"
     assert not (task.folder / "run" / "metrics.jsonl").exists()
+
+
+def test_trial_skips_truncated_images(environment_task, monkeypatch):
+    """A run that skips a sample also starts if it is the first one."""
+    task = environment_task
+    image = task.folder / "train0.png"
+    image.write_bytes(image.read_bytes()[:-40])
+    tried: list[str] = []
+    start = Environment.start_episode
+
+    def record(self: Environment, row: Any, images: Any) -> Any:
+        tried.append(row["id"])
+        return start(self, row, images)
+
+    monkeypatch.setattr(Environment, "start_episode", record)
+    task.run("train.epochs=null", "train.steps=1")
+    assert tried[0] == "train1"
 
 
 def test_run_names_an_environment_that_fails(environment_task):

@@ -105,7 +105,10 @@ class GuiWindow:
     def type_text(self, text: str) -> None:
         """Replace the text of the field that was clicked last; nothing happens without one."""
         if self._focus and not self.state.pressed:
-            self.state = replace(self.state, texts={**self.state.texts, self._focus: text})
+            texts = {**self.state.texts, self._focus: text}
+            if not text:
+                del texts[self._focus]
+            self.state = replace(self.state, texts=texts)
 
     def scroll(self, direction: Literal["up", "down"]) -> None:
         """Scroll the list by `NUM_SCROLLED_ITEMS`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from finesight.components import SettingProblem
-from finesight.environment_components import ENVIRONMENTS, EpisodeSettings
+from finesight.environment_components import ENVIRONMENTS, EpisodeSettings, is_environment
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling
 from finesight.settings.setting_types import CoercedFloat, PositiveInt, SettingsSection
 
@@ -112,7 +112,7 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
 def check(settings: Settings, recipe: Recipe) -> Iterator[SettingProblem]:
     """Yield an unknown environment, and a KL divergence from a model that changes."""
     name = settings.environment
-    if name is not None and ":" not in name and name not in ENVIRONMENTS:
+    if name is not None and not is_environment(name):
         known = ", ".join(ENVIRONMENTS)
         yield SettingProblem(
             f"train.grpo.environment is {name!r:.80}",

@@ -397,7 +397,10 @@ class GrpoRollout(Rollout):
             group = self.score_responses(index, prompt, episodes)
             groups.append(group)
             totals_G = _weigh(group.rewards_GF, self.weights_F)
-            self.check.add(group.cases, totals_G, prompt.tokenized.spans)
+            # A failed episode has no reward, but says nothing about the rewards.
+            scored = [n for n, episode in enumerate(episodes) if not episode.error]
+            cases = [group.cases[n] for n in scored]
+            self.check.add(cases, totals_G[scored], prompt.tokenized.spans)
         return groups
 
     def encode_prompt(self, located_sample: LocatedSample) -> EncodedSample:

@@ -18,11 +18,11 @@ from finesight.errors import Step, UserError, escape_surrogates, format_count, s
 from finesight.operations.model import ModelArgument, get_model_name, get_prompt_format, load_model
 from finesight.operations.operation import Outcome, Parameter, SkippedInputs, StrPath, to_path
 from finesight.operations.options import (
-    EnvironmentOption,
     LanguageOption,
     LoadingOptions,
     PagesOption,
     TrustMetricOption,
+    format_environments,
 )
 from finesight.progress import ProgressConsole
 
@@ -72,7 +72,14 @@ def evaluate(
     batch_size: Annotated[int, Parameter(minimum=1)] = 32,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1, maximum=1_048_576)] = None,
     out: Annotated[StrPath | None, Parameter(path="file")] = None,
-    environment: EnvironmentOption = None,
+    environment: Annotated[
+        str | None,
+        Parameter(
+            f"Environment whose tools the model calls: {format_environments()}, FILE.py:CLASS, or "
+            "none. Default for a run: that of its recipe.",
+            metavar="NAME",
+        ),
+    ] = None,
     trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[GenerationEvalResult]:
@@ -219,7 +226,14 @@ def predict(
     out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
     pages: PagesOption = None,
     images_per_question: Annotated[int | None, Parameter(minimum=1)] = None,
-    environment: EnvironmentOption = None,
+    environment: Annotated[
+        str | None,
+        Parameter(
+            f"Environment whose tools the model calls: {format_environments()}, FILE.py:CLASS, or "
+            "none. Default for a run: that of its recipe.",
+            metavar="NAME",
+        ),
+    ] = None,
     trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:

@@ -151,16 +151,6 @@ def format_environments() -> str:
     return ", ".join(one.name for one in ENVIRONMENTS.list_built_in())
 
 
-EnvironmentOption = Annotated[
-    str | None,
-    Parameter(
-        f"Environment whose tools the model calls: {format_environments()}, FILE.py:CLASS, or "
-        "none. Default for a run: that of its recipe.",
-        metavar="NAME",
-    ),
-]
-
-
 LanguageOption = Annotated[
     Literal["en", "zh"] | None,
     Parameter(

@@ -6,7 +6,6 @@ Page data contain thumbnails, boxes, and formulas as MathML.
 from __future__ import annotations
 
 import base64
-import io
 import math
 import re
 from collections import Counter, defaultdict
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import BOUNDED, UNBOUNDED, ScoreEstimator, estimate_mean
@@ -44,6 +42,7 @@ from finesight.samples.image_file import (
     CorruptImageError,
     get_file,
     read_image_size,
+    read_jpeg_size,
 )
 from finesight.samples.sample import BoxPart
 from finesight.vision.image_processing import load_image
@@ -840,10 +839,10 @@ def _is_thumbnail(url: str) -> bool:
     if match is None:
         return False
     try:
-        with Image.open(io.BytesIO(base64.b64decode(match[1])), formats=("JPEG",)) as image:
-            return max(image.size) <= MAX_TURN_SIDE
-    except Exception:  # invalid headers raise many types
+        size = read_jpeg_size(base64.b64decode(match[1]))
+    except ValueError:  # the characters are no base64
         return False
+    return size is not None and max(size) <= MAX_TURN_SIDE
 
 
 def _is_truncated(line: JsonObject) -> bool:

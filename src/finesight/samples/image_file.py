@@ -367,6 +367,15 @@ def open_image_header(
     return image
 
 
+def read_jpeg_size(content: bytes) -> ImageSize | None:
+    """Return height and width in the header of a JPEG image; None for other content."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            return image.height, image.width
+    except Exception:  # invalid headers raise many types
+        return None
+
+
 def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -> Image.Image:
     """Open an image with Pillow. Raises CorruptImageError if HEIF or PDF needs its package."""
     try:

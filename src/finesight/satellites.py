@@ -21,12 +21,7 @@ def load_satellite(target: str) -> Any:
     """
     item = find_satellite(target)
     if item is None:
-        raise UserError(
-            f"finesight is installed without {_get_package(target)}",
-            where=target,
-            expected="a complete installation",
-            remedy="install finesight again: pip install --force-reinstall finesight",
-        )
+        raise build_missing_error(_get_package(target), target)
     return item
 
 
@@ -36,6 +31,16 @@ def find_satellite(target: str) -> Any:
         return None
     module, _, attribute = target.partition(":")
     return attrgetter(attribute)(import_module(module))
+
+
+def build_missing_error(part: str, where: str) -> UserError:
+    """Return the error for a package or an operation that is not installed."""
+    return UserError(
+        f"finesight is installed without {part}",
+        where=where,
+        expected="a complete installation",
+        remedy="install finesight again: pip install --force-reinstall finesight",
+    )
 
 
 def _get_package(target: str) -> str:

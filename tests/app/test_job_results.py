@@ -1,10 +1,12 @@
 """Tests of the sentences about results of commands, with the data that the commands write."""
 
 import contextlib
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import pytest
 from html_text import read_visible_text
 from run_dir_fixtures import make_run, make_sign_answers
@@ -14,6 +16,7 @@ from finesight.app.job_results import describe_result, explain_metric, list_comm
 from finesight.app.jobs import OUTCOME_FILE, Job, JobOutcome
 from finesight.app.studio_view import STEPS
 from finesight.cli.app import MAX_RESULT_CHARS, run_command, select_result
+from finesight.errors import Step
 from finesight.operations.operation import OUTCOME_VARIABLE
 from finesight.report.i18n import use_language
 from finesight.report.run_reader import read_run
@@ -71,12 +74,24 @@ def test_results_of_commands_are_sentences(folder, monkeypatch):
 
 
 def test_result_with_a_name_that_is_no_text_is_read(folder, monkeypatch):
+    """Neither in the result nor in the next steps of a command."""
     image = folder / "photos/caf\udce9.jpg"
     image.write_bytes(b"no image")
     image.with_suffix(".txt").write_text("red\n")
     words = ("--prompt", "Which color?", "--on-invalid-row", "skip")
     sentences = run_job(folder, monkeypatch, "import", "photos", "data/a", *words)
     assert sentences[1] == "1 rows are invalid and were skipped. Details list them."
+
+    outcome = folder / "outcome.json"
+    monkeypatch.setenv(OUTCOME_VARIABLE, str(outcome))
+
+    @click.command
+    @click.pass_obj
+    def propose(report):
+        report["next_steps"] = [Step("label", {"sources": ["caf\udce9"]})]
+
+    assert run_command([], propose) == 0
+    assert "caf?" in str(json.loads(outcome.read_text("utf-8"))["next_steps"])
 
 
 def test_plan_is_memory_time_and_warnings():

@@ -279,7 +279,7 @@ def select_result(data: object) -> object:
     """Return the data of a result for a report.
 
     It is empty for a list of records and for large data. Non-UTF-8 bytes of names become question
-    marks: as escaped surrogates, they would make the report unreadable.
+    marks, as in the report.
     """
     from finesight.samples.sample import to_json_data
 
@@ -526,10 +526,11 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     try:
         code = report["exit_code"] = _run_words(arguments, command, report)
     finally:
-        text = json.dumps(report, default=_as_json)
+        text = json.dumps(report, default=_as_json, ensure_ascii=False)
         # For this user only: the error may contain data.
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as stream:
+        # Non-UTF-8 bytes of names become question marks; as escaped surrogates, they are no text.
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as stream:
             stream.write(text)
     return code
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from finesight.errors import UserError
+from finesight.satellites import build_missing_error
 
 _TARGETS: Mapping[str, Mapping[str, str]] = {
     "Start": {
@@ -86,12 +86,7 @@ def find_operation(name: str) -> Callable[..., Any]:
         UserError: Its package is not installed.
     """
     if not is_installed(name):
-        raise UserError(
-            f"finesight is installed without {name}",
-            where=name,
-            expected="a complete installation",
-            remedy="install finesight again: pip install --force-reinstall finesight",
-        )
+        raise build_missing_error(name, name)
     target = {one: group[one] for group in OPERATIONS.values() for one in group}[name]
     module, _, function = target.partition(":")
     operation: Callable[..., Any] = getattr(import_module(f"finesight.{module}"), function)

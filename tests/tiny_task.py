@@ -79,9 +79,15 @@ def read_final_files(run: Path) -> dict[str, bytes]:
 
 
 def read_losses(run: Path) -> list[tuple[int, float]]:
-    """Return (step, loss) of all metrics lines with a loss."""
+    """Return (step, loss) of all metrics lines with a loss.
+
+    Skips a last line without its end, which a running training may be writing.
+    """
     metrics = run / "metrics.jsonl"
-    lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
+    if not metrics.exists():
+        return []
+    *complete, _ = metrics.read_text().split("\n")
+    lines = map(json.loads, complete)
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 

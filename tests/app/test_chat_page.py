@@ -395,6 +395,36 @@ def test_stop_regenerate_and_undo(browser, image_paths):
         assert_page_is_clean(browser, page.address)
 
 
+def test_late_update_does_not_return_to_its_conversation(browser):
+    """A page that was asked for before another conversation was shown arrives after it."""
+    parrot = ScriptedService(lambda text: (f"{text} ", ()), is_endless=True)
+    with run_web_page(parrot) as page:
+        visit = ChatPageDriver(browser, page.address, PHONE_WIDTH)
+        visit.submit("Say it.", [])
+        visit.wait_for_script("return !!document.querySelector('.streaming');")
+        # From the click on, the page of the new conversation comes late, and an update later.
+        browser.run("""
+            const [load, schedule] = [window.fetch, window.setTimeout];
+            const sleep = (delay) => new Promise((go) => schedule(go, delay));
+            window.fetch = async (...values) => {
+              const isUpdate = String(values[0]).includes("turns/");
+              const isLate = window.hasClicked;
+              const response = await load(...values);
+              if (isLate) await sleep(isUpdate ? 1500 : 400);
+              if (isLate && isUpdate) schedule(() => (window.hasShown = true), 1000);
+              return response;
+            };
+            // The next update is requested just after the click.
+            window.setTimeout = (action, delay, ...values) =>
+              schedule(action, delay === 80 ? 250 : delay, ...values);
+        """)
+        time.sleep(0.5)
+        browser.run("window.hasClicked = true; document.querySelector('#new-chat').click();")
+        visit.wait_for_script("return !!window.hasShown;")
+        visit.wait_for_script("return !document.querySelector('#welcome').hidden;")
+        assert visit.count_turns() == 0
+
+
 def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
     clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4")
     renderer = load_inference_model(TINY_MODEL, "cpu").renderer

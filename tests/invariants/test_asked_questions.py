@@ -21,7 +21,7 @@ from finesight import api
 from finesight.app.chat_page import make_chat_app
 from finesight.app.server import Access
 from finesight.cli.app import run_command
-from finesight.infer import prediction
+from finesight.evaluate import generation_eval
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_multi_adapter_model
@@ -128,7 +128,7 @@ def test_commands_ask_like_the_training(asked, tmp_path, monkeypatch, capsys):
     """Also with the white space that terminals and forms lose, and as training proposes it."""
     found: list[LocatedSample] = []
     monkeypatch.setattr(
-        prediction,
+        generation_eval,
         "predict",
         lambda model, renderer, samples, **options: found.extend(samples) or [],
     )

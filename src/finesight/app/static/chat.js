@@ -120,7 +120,8 @@ const refresh = async (chat) => {
   try {
     const [section] = (await fetchPage(`turns/${chat}`)).children;
     const form = section.querySelector("form");
-    if (number !== numOpened) return;
+    // The user may open another conversation meanwhile.
+    if (number !== numOpened || chat !== getChat()) return;
     // Another tab may have changed the turns.
     const isShown = chat === shown && Number(form.dataset.index) === getLast();
     if (!isShown || !section.querySelector(".streaming")) return await open(chat, isShown);

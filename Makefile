@@ -1,5 +1,6 @@
 # make quickstart   create .venv and run the quickstart on the CPU
 # make test         create .venv and run the checks and the fast tests
+# make test-core    run the fast tests of the core in a copy without the other packages (minutes)
 # make test-slow    build the documentation, run the slow tests: browser, processes, faults
 # make test-fuzz    fuzz importers, folders and the request parser (20 minutes)
 # make test-faults  inject faults at every known point instead of a sample (minutes)
@@ -19,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 REPEATING_PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python tools/run_slow_tests.py
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test slow test-slow test-fuzz test-faults test-pretraining test-docs lint types layers unit measures docs clean
+.PHONY: quickstart test test-core slow test-slow test-fuzz test-faults test-pretraining test-docs lint types layers unit measures docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
@@ -46,6 +47,10 @@ measures: $(VENV)/.installed-dev
 
 unit: $(VENV)/.installed-dev
 	$(PYTEST) $(PARALLEL) -m "not slow and not fuzz"
+
+test-core: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python tools/core_copy.py $(PARALLEL) \
+	  -m "not slow and not fuzz and not satellite"
 
 # Sphinx uses one core, and most slow tests wait for other processes.
 test-slow: $(VENV)/.installed-dev

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from module_loader import load_module
-from tiers import SLOW_MARKERS, is_longest, is_slow, may_contain_tests
+from tiers import (
+    CORE_MARKERS,
+    SLOW_MARKERS,
+    is_longest,
+    is_slow,
+    may_contain_tests,
+    needs_satellite,
+)
 
 import finesight.operations.operation  # noqa: F401 (which formats the steps of errors)
 from finesight.errors import UserError
@@ -54,13 +61,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if not collection_path.is_relative_to(TESTS):
         return None
     file = collection_path.relative_to(TESTS).as_posix()
+    if collection_path.is_dir():
+        is_core = config.getoption("markexpr") == CORE_MARKERS
+        return True if is_core and needs_satellite(f"{file}/") else None
     if collection_path.suffix != ".py" or may_contain_tests(file, config.getoption("markexpr")):
         return None
     return True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the slow tier and move the longest to the front.
+    """Mark the tests of the slow tier and those of satellites, and move the longest to the front.
 
     A long test that starts last would leave the other workers idle. Tests marked `fuzz` belong to
     their own tier.
@@ -70,6 +80,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
         if not item.get_closest_marker("fuzz") and is_slow(test_id, fixtures):
             item.add_marker("slow")
+        if needs_satellite(test_id):
+            item.add_marker("satellite")
     items.sort(key=lambda item: not is_longest(item.nodeid.removeprefix("tests/")))
 
 

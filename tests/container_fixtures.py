@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+from image_fixtures import encode_image
+from PIL import Image
 from pyarrow import parquet
 
 DataRow = dict[str, Any]
@@ -75,3 +77,16 @@ def _to_struct(message: DataRow) -> DataRow:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     named = [part | {"image": str(part["image"])} if "image" in part else part for part in parts]
     return message | {"content": named}
+
+
+def make_png(gray_level: int, width: int = 64, height: int = 48) -> bytes:
+    """Return a PNG of one color, which differs for each gray level."""
+    color = (gray_level % 256, gray_level // 256, 7)
+    return encode_image(Image.new("RGB", (width, height), color))
+
+
+def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Return a Parquet file with images as {bytes, path}, as `datasets` writes it."""
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+    return file.getvalue()

@@ -7,18 +7,16 @@ import shutil
 import socket
 import subprocess
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fake_hub_servers as fake
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from container_fixtures import make_parquet as make_parquet
+from container_fixtures import make_png as make_png
 from container_fixtures import make_tar as make_tar
 from huggingface_hub import constants
-from image_fixtures import encode_image
-from PIL import Image
 
 from finesight.hub import download
 from finesight.samples.sample import Sample
@@ -109,19 +107,6 @@ def without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def make_png(gray_level: int, width: int = 64, height: int = 48) -> bytes:
-    """Return a PNG of one color, which differs for each gray level."""
-    color = (gray_level % 256, gray_level // 256, 7)
-    return encode_image(Image.new("RGB", (width, height), color))
-
-
-def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Return a Parquet file with images as {bytes, path}, as `datasets` writes it."""
-    file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows)), file)
-    return file.getvalue()
 
 
 def make_image_cell(gray_level: int) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+from core_copy import ROOT, copy_core
 from image_fixtures import write_gray_image, write_jsonl
-
-ROOT = Path(__file__).resolve().parents[1]
+from tiers import CORE_MARKERS
 
 IMPORT_ALL = """
 import importlib, pkgutil, finesight
@@ -24,17 +22,7 @@ for module in pkgutil.walk_packages(finesight.__path__, "finesight."):
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a copy of the package without satellites."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    contracts = project["tool"]["importlinter"]["contracts"]
-    (satellites,) = (one["forbidden_modules"] for one in contracts if one["type"] == "forbidden")
-    folder = tmp_path_factory.mktemp("core")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "src" / "finesight", folder / "finesight", ignore=ignored)
-    for satellite in satellites:
-        shutil.rmtree(folder / satellite.replace(".", "/"))
-    # Aliases of modules of the import.
-    shutil.rmtree(folder / "finesight" / "data" / "formats")
-    return folder
+    return copy_core(tmp_path_factory.mktemp("core"))
 
 
 def start_python(core: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -115,3 +103,16 @@ def test_functions_of_missing_satellites_are_attribute_errors(core):
     text = run_python(core, "-c", code)
     assert text.startswith("False True")
     assert "'import_data'" not in text
+
+
+def test_tests_of_the_core_import_no_satellite():
+    command = [
+        sys.executable,
+        ROOT / "tools" / "core_copy.py",
+        "--collect-only",
+        "-m",
+        CORE_MARKERS,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "tests/train/test_trainer.py" in done.stdout

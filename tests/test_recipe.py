@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import yaml
 from case_files import load_cases
-from hub_fixtures import make_parquet
+from container_fixtures import make_parquet
 from PIL import Image
 from test_bounded_files import LAUGHS
 

@@ -18,7 +18,6 @@ import pytest
 from crash_disk import run_in_crashing_child
 from safetensors.numpy import load_file, save_file
 
-from finesight.app.workspace import Workspace
 from finesight.errors import UserError
 from finesight.files import storage
 from finesight.files.storage import temporary_folder, working_folder
@@ -287,7 +286,7 @@ def test_leftover_that_cannot_be_removed_is_skipped(tmp_path: Path, number: int)
         folder.mkdir()
     with patch.object(storage, "file_system", Strict()):
         write_all(tmp_path / "a", OLD)
-        Workspace(tmp_path).remove_leftovers()
+        storage.remove_leftovers(tmp_path)
     assert [path.exists() for path in (stuck, removed, link)] == [True, False, True]
 
 

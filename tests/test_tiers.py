@@ -13,7 +13,9 @@ def test_each_command_has_an_end_to_end_test_in_the_default_tier() -> None:
     assert not any(tiers.is_slow(f"{test}[a]") for test in tiers.END_TO_END.values())
 
 
-@pytest.mark.parametrize("test", [*tiers.SLOW, *tiers.LONGEST, *tiers.END_TO_END.values()])
+@pytest.mark.parametrize(
+    "test", [*tiers.SLOW, *tiers.SATELLITE, *tiers.LONGEST, *tiers.END_TO_END.values()]
+)
 def test_listed_tests_exist(test: str) -> None:
     path, _, name = test.partition("::")
     assert (tiers.TESTS / path).is_dir() if test.endswith("/") else (tiers.TESTS / path).is_file()

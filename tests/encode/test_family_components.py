@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import finesight
-from finesight.convert.external_config import detect_family
-from finesight.family_components import FAMILIES, FamilyComponent, FamilyRegistry, TrainerModels
+from finesight.family_components import FAMILIES, FamilyComponent, TrainerModels
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
 SOURCE = Path(finesight.__file__).parent
@@ -74,34 +73,6 @@ MODELS = {
 def test_wrong_models_of_other_trainers_are_rejected(change, problem):
     with pytest.raises((TypeError, ValueError, re.error), match=re.escape(problem)):
         TrainerModels(**MODELS | change)
-
-
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("Qwen-VL-Chat-distilled-from-Qwen2.5-VL", "qwen"),
-        ("Qwen2.5-VL-7B-teacher-Qwen3-VL", "qwen2_5_vl"),
-        ("Qwen3-VL-from-qwen-vl", "qwen3_vl"),
-        # Words of other models do not count.
-        ("my-vlm-qwen2.5-vl-7b", "qwen2_5_vl"),
-        ("paddleocr-vl-qwen2.5-vl", "qwen2_5_vl"),
-    ],
-)
-def test_first_name_in_a_model_name_counts(name, family):
-    assert detect_family(f"me/{name}", (), "a.yaml").name == family
-
-
-def test_plugin_does_not_take_the_names_of_built_in_families(monkeypatch):
-    names = {"names": ("qwen2_vl", "kimi_vl", "acme"), "pattern": "my|kimi"}
-    trainer_models = TrainerModels(**MODELS | names)
-    acme = FamilyComponent(kind="families", name="acme", title="", trainer_models=trainer_models)
-    components = (*FAMILIES.list_built_in(), acme)
-    monkeypatch.setattr(FamilyRegistry, "list_available", lambda self: components)
-    found = [detect_family("me/model", (hint,), "a.yaml").name for hint in trainer_models.names]
-    assert found == ["qwen2_vl", "acme", "acme"]
-    models = ("my-qwen2.5-vl-7b", "my-model", "kimi-vlm")
-    found = [detect_family(model, (), "a.yaml").name for model in models]
-    assert found == ["qwen2_5_vl", "acme", "acme"]
 
 
 FOREIGN_NAMES = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hub_fixtures import make_png
+from container_fixtures import make_png
 from pyarrow import parquet
 
 from finesight.errors import UserError

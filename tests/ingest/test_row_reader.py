@@ -16,8 +16,7 @@ import openpyxl
 import pyarrow
 import pytest
 from case_files import load_cases
-from container_fixtures import write_tar
-from hub_fixtures import make_png
+from container_fixtures import make_png, write_tar
 from image_fixtures import write_jsonl
 from pyarrow import parquet
 

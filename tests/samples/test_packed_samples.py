@@ -7,8 +7,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from container_fixtures import read_rows, write_parquet, write_tar, write_tar_shards
-from hub_fixtures import make_png
+from container_fixtures import make_png, read_rows, write_parquet, write_tar, write_tar_shards
 from pyarrow import parquet
 
 from finesight.errors import UserError

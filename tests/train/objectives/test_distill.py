@@ -5,15 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, assert_same_run
 
 from finesight.errors import UserError
-from finesight.plan.plan_format import format_plan
-from finesight.plan.run_plan import plan_run
-from finesight.progress import ProgressConsole
-from finesight.settings.recipe import recipe_from_dict
 from finesight.train.objectives.distill import Settings
 from finesight.train.objectives.distill.loss import compute_divergence, generalized_jsd
 
@@ -83,29 +78,6 @@ def test_resumed_run_equals_uninterrupted_run(task):
     run = task.rewind_to_checkpoint(*options(task))
     task.run(*options(task), resume=True)
     assert_same_run(run, task.folder / "whole")
-
-
-def test_plan_counts_the_teacher(task):
-    """A teacher in 4 bits is smaller. Its forward pass takes time, and its steps have images."""
-    console, weights, plans = ProgressConsole(Console(quiet=True)), [], []
-    for overrides in (
-        ("train.objective=sft",),
-        options(task),
-        options(task, "train.distill.weight_format=nf4"),
-    ):
-        overrides = *overrides, "train.precision=fp32", "tune.vision=frozen", "tune.merger=frozen"
-        recipe = recipe_from_dict({**task.recipe, "output_dir": "r"}, overrides)
-        plans.append(plan_run(recipe, "A10", console))
-        weights.append(plans[-1].chosen_estimate.peak.weights)
-    plain, distilled = (one.recipe_estimate.step_time for one in plans[:2])
-    assert 1.1 * plain.matmul_s < distilled.matmul_s < 2.5 * plain.matmul_s
-    assert distilled.host_s > plain.host_s
-    assert plans[0].recipe_estimate.cached_step_s is not None
-    assert plans[1].recipe_estimate.cached_step_s is None
-    assert "with 0.5 responses each, times without their sampling" in format_plan(plans[1])[3]
-    assert "responses" not in format_plan(plans[0])[3]
-    assert 1.8 * weights[0] < weights[1] < 2.2 * weights[0]
-    assert weights[0] < weights[2] < weights[1]
 
 
 def test_teacher_with_other_tokens_is_rejected(task):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from preference_task import LONG_RUN, load_train_data
-from rich.console import Console
 from safetensors.numpy import load_file
 from tiny_task import (
     TinyTask,
@@ -23,11 +22,8 @@ from finesight.cli.app import run_command
 from finesight.encode.tokenization import format_token_table
 from finesight.errors import UserError
 from finesight.objective_components import SampleKind, suggest_objectives
-from finesight.plan.run_plan import plan_run
-from finesight.progress import ProgressConsole
 from finesight.report.data_pages import render_sample_page
 from finesight.report.run_page import render_run_page
-from finesight.settings.recipe import recipe_from_dict
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.objectives import dpo, orpo, simpo
 from finesight.train.objectives.dpo.loss import compute_pair_losses
@@ -140,20 +136,6 @@ def test_shown_sample_names_its_label(labeled_task, monkeypatch, capsys):
     assert re.findall(r"^label: (\w+)$", capsys.readouterr().out, re.MULTILINE) == ["true", "false"]
     roles = [list_shown_roles(labeled_task, index)[-1] for index in range(2)]
     assert roles == ["assistant", "rejected"]
-
-
-def test_planned_start_includes_the_reference_model(pair_task):
-    """The reference pass is a third of the training steps of an epoch, and of validation."""
-    console = ProgressConsole(Console(quiet=True))
-    plans = [
-        plan_run(
-            recipe_from_dict({**pair_task.recipe, "output_dir": "r"}, overrides), None, console
-        )
-        for overrides in (["train.objective=sft"], [*DPO])
-    ]
-    added_s = plans[1].startup_s - plans[0].startup_s
-    step_s = plans[1].chosen_estimate.step_time.total
-    assert added_s > plans[1].total_steps / pair_task.recipe["train"]["epochs"] * step_s / 3 * 0.9
 
 
 def test_reference_pass_continues_after_the_memory_was_full(pair_task, monkeypatch):

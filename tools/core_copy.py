@@ -1,0 +1,67 @@
+"""Run tests of the core in a copy of the project without the satellites.
+
+    python tools/core_copy.py PYTEST_OPTIONS
+
+The satellites are the packages that the core does not import (`pyproject.toml`). Tests that need
+one are listed in `tests/cases/satellite_tests.yaml`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ALIAS_FOLDER = "data/formats"
+"""Former names of modules of a satellite."""
+
+
+def list_satellites() -> list[str]:
+    """Return the names of the packages that the core does not import, such as `serve`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    names = []
+    for contract in project["tool"]["importlinter"]["contracts"]:
+        if contract["name"] == "the core imports no satellite":
+            for module in contract["forbidden_modules"]:
+                names.append(module.removeprefix("finesight."))
+    return names
+
+
+def copy_core(folder: Path) -> Path:
+    """Copy the package without satellites, and return the folder of the copy for PYTHONPATH."""
+    package = folder / "src" / "finesight"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "src" / "finesight", package, ignore=ignored)
+    for name in (*list_satellites(), ALIAS_FOLDER):
+        shutil.rmtree(package / name.replace(".", "/"))
+    return package.parent
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy what tests read besides the package, and return the folder for PYTHONPATH."""
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "src")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    shared = ROOT.parent / "shared"
+    if shared.is_dir():
+        (folder.parent / "shared").symlink_to(shared)
+    return copy_core(folder)
+
+
+def main() -> int:
+    """Run pytest in a copy, and return its exit code."""
+    with tempfile.TemporaryDirectory(prefix="finesight-core-") as temporary:
+        folder = Path(temporary) / "finesight"
+        path = copy_project(folder)
+        environment = os.environ | {"PYTHONPATH": str(path)}
+        command = [sys.executable, "-m", "pytest", *sys.argv[1:]]
+        return subprocess.run(command, cwd=folder, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

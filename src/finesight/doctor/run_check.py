@@ -21,7 +21,6 @@ from finesight.evaluate.score_format import format_score
 from finesight.evaluate.verdict import Verdict
 from finesight.files.storage import verify_folder
 from finesight.ingest.check.box_hypothesis import (
-    DEFAULT_CONVENTION,
     BoxClaim,
     BoxClaimTable,
     normalize_boxes,
@@ -37,7 +36,7 @@ from finesight.report.run_reader import (
 )
 from finesight.report.run_verdict import judge_run
 from finesight.samples.corpus import Corpus, load_corpus
-from finesight.samples.frames import UNIT_FRAMES, BoxFrame
+from finesight.samples.frames import PIXELS, UNIT_FRAMES, BoxFrame
 from finesight.samples.image_file import read_image_size
 from finesight.samples.marked_prompt import write_marked_prompt
 from finesight.samples.prompt_format import DEFAULT_TEMPLATE, PromptFormat
@@ -639,7 +638,7 @@ def _check_box_conventions(
         return
     predicted = BoxClaimTable(predicted_claims)
     labels = BoxClaimTable(label_claims)
-    current = DEFAULT_CONVENTION.frame
+    current = PIXELS
 
     def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: BoxFrame) -> float:
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.

@@ -1,4 +1,4 @@
-"""Convert box conventions to `[x1, y1, x2, y2]` in pixels, and find boxes in texts.
+"""Geometry of boxes in pixels, and boxes in texts.
 
 Qwen2.5-VL answers contain boxes as JSON objects with the key `bbox_2d`. Other texts contain boxes
 or points as plain numbers, which no model family scales. An import converts them if their notation
@@ -20,16 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from finesight.errors import UserError
-from finesight.samples.frames import (
-    Box,
-    BoxFrame,
-    ImageSize,
-    Order,
-    Unit,
-    get_frame,
-    rescale,
-    to_corners,
-)
+from finesight.samples.frames import FRAME_1000, Box, BoxFrame, rescale, to_corners
 
 
 class InvalidBoxError(UserError):
@@ -42,23 +33,6 @@ class StrayBoxError(InvalidBoxError):
 
 MAX_OVERHANG_PX = 1.0
 """Maximum overhang of a box beyond its image due to rounding, in pixels."""
-
-
-@dataclass(frozen=True, slots=True)
-class BoxConvention:
-    """Order and unit of bounding box coordinates."""
-
-    format: Order = "xyxy"
-    units: Unit = "pixel"
-
-    @property
-    def frame(self) -> BoxFrame:
-        """Frame of the coordinates."""
-        return get_frame(self.format, self.units)
-
-    def to_pixels(self, coordinates: Sequence[float], image_size: ImageSize) -> Box:
-        """Convert four coordinates of this convention to two corners in pixels."""
-        return self.frame.to_pixels(coordinates, image_size)
 
 
 def parse_coordinates(value: object) -> list[float]:
@@ -162,7 +136,7 @@ def is_inside_image(
 def clip_to_image(
     box: Box,
     image_size: tuple[int, int],
-    convention: BoxConvention,
+    frame: BoxFrame,
     *,
     is_point: bool = False,
     is_corner: bool = False,
@@ -170,6 +144,7 @@ def clip_to_image(
     """Clip a box or a point that exceeds its image by no more than a rounding error.
 
     Args:
+        frame: Frame of the coordinates from which the box was converted, for the error.
         is_corner: The point is a corner of a polygon, which alone may be within the first pixel.
 
     Raises:
@@ -182,7 +157,7 @@ def clip_to_image(
     is_valid = is_finite and (is_point or (x1 < x2 and y1 < y2))
     # In pixels, such a box is smaller than one and not on the pixel grid.
     is_fraction = max(box) <= 1 and any(value % 1 for value in box)
-    is_fraction = is_fraction and convention.units == "pixel" and not is_corner
+    is_fraction = is_fraction and frame.base == "image" and not is_corner
     clipped = clip_box(box, image_size, is_point=is_point)
     is_inside = is_inside_image(box, image_size, is_point=is_point)
     if clipped is not None and is_inside and not is_fraction:
@@ -192,10 +167,10 @@ def clip_to_image(
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
     else:
         problem = "is outside its image" if is_valid else "has inverted corners or no area"
-        other = "xywh" if convention.format == "xyxy" else "xyxy"
+        other = "xywh" if frame.order == "xyxy" else "xyxy"
         remedy = (
             f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-            f"{convention.units}, give --box-units pixel, 1, 100, 1000 or resized"
+            f"{frame.unit}, give --box-units pixel, 1, 100, 1000 or resized"
         )
     error_class: type[InvalidBoxError] = InvalidBoxError
     if is_point:
@@ -205,8 +180,7 @@ def clip_to_image(
         if is_finite and clip_box(sort_corners(box), image_size) is None:
             error_class = StrayBoxError
     raise error_class(
-        f"the {shape} in pixels (read as {convention.format} in units of"
-        f" {convention.units}) {problem}",
+        f"the {shape} in pixels (read as {frame.order} in units of {frame.unit}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
         remedy=remedy,
     )
@@ -682,7 +656,7 @@ def _parse_located_objects(text: str) -> list[TextBox]:
 def _scale_location(tokens: str) -> list[float]:
     """Return the corners in thousandths of four tokens, y first, on a grid of 1024."""
     corners = to_corners("yxyx", _find_numbers(tokens))
-    return [*rescale(corners, (1024, 1024), (1000, 1000))]
+    return [*rescale(corners, (1024, 1024), FRAME_1000)]
 
 
 def _list_boxes(match: re.Match[str]) -> list[list[float]]:

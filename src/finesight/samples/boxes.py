@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from finesight.errors import UserError
-from finesight.samples.frames import FRAME_1000, Box, BoxFrame, rescale, to_corners
+from finesight.samples.frames import FRAME_1000, Box, BoxFrame, Floats, rescale, to_corners
 
 
 class InvalidBoxError(UserError):
@@ -237,6 +239,23 @@ def measure_overlap(
 def box_area(box: Box) -> float:
     """Return the area of a box in square pixels, 0 for inverted corners."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def pairwise_iou(boxes: Floats, other_boxes: Floats) -> Floats:
+    """Compute the intersection over union [N] of corresponding boxes in two arrays [N, 4]."""
+    top_left = np.maximum(boxes[:, :2], other_boxes[:, :2])
+    bottom_right = np.minimum(boxes[:, 2:], other_boxes[:, 2:])
+    intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=1)
+    areas = [np.clip(box[:, 2:] - box[:, :2], 0, None).prod(axis=1) for box in (boxes, other_boxes)]
+    ious: Floats = intersection / np.maximum(areas[0] + areas[1] - intersection, 1e-12)
+    return ious
+
+
+def pairwise_overlap(boxes: Floats, references: Floats) -> Floats:
+    """Compute the IoU [N] of normalized boxes; a point has the size of `MAX_DISTANCE`."""
+    is_point = (references[:, :2] == references[:, 2:]).all(axis=1, keepdims=True)
+    margins = is_point * np.array([-MAX_DISTANCE, -MAX_DISTANCE, MAX_DISTANCE, MAX_DISTANCE])
+    return pairwise_iou(boxes + margins, references + margins)
 
 
 BOX_KEY = "bbox_2d"

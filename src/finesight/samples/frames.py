@@ -205,18 +205,18 @@ class BoxFrame:
     def to_fractions(
         self,
         coordinates: Floats,
-        sizes: tuple[Floats, Floats],
-        exif_orientation: NDArray[np.int_],
+        height: Floats,
+        width: Floats,
+        exif_orientation: NDArray[np.int_] | None = None,
     ) -> Floats:
         """Convert boxes [N, 4] of this frame to two corners, as fractions of their images.
 
         Args:
-            sizes: Heights and widths [N] of the images after EXIF rotation.
-            exif_orientation: EXIF orientation of each image, [N].
+            height: Height of each image after EXIF rotation, [N].
+            exif_orientation: EXIF orientation of each image, [N], for a frame of stored images.
         """
-        height, width = sizes
         corners = to_corner_table(self.order, coordinates)
-        if self.base != "stored":
+        if self.base != "stored" or exif_orientation is None:
             return divide_by_size(corners, *self.compute_size(height, width))
         is_rotated = exif_orientation >= 5
         stored_height = np.where(is_rotated, width, height)

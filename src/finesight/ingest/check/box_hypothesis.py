@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finesight.samples.boxes import MAX_DISTANCE, MAX_OVERHANG_PX
+from finesight.samples.boxes import MAX_OVERHANG_PX
 from finesight.samples.frames import PIXELS, BoxFrame, Floats
 from finesight.samples.image_file import CorruptImageError, check_scans, open_image_header
 from finesight.vision.image_processing import load_image
@@ -85,8 +85,9 @@ def normalize_boxes(frame: BoxFrame, claims: BoxClaimTable) -> Floats:
     Returns:
         Two corners per box [N, 4], as fractions of the image after EXIF rotation.
     """
-    sizes = (claims.height, claims.width)
-    return frame.to_fractions(claims.coordinates, sizes, claims.exif_orientation)
+    return frame.to_fractions(
+        claims.coordinates, claims.height, claims.width, claims.exif_orientation
+    )
 
 
 def find_inverted_boxes(boxes: Floats) -> Bools:
@@ -111,23 +112,6 @@ def find_invalid_boxes(boxes: Floats, claims: BoxClaimTable) -> Bools:
     is_inverted = np.where(is_point, boxes[:, 0] != boxes[:, 2], find_inverted_boxes(boxes))
     found: Bools = is_inverted | is_outside | is_tiny
     return found
-
-
-def pairwise_iou(boxes: Floats, other_boxes: Floats) -> Floats:
-    """Compute the intersection over union [N] of corresponding boxes in two arrays [N, 4]."""
-    top_left = np.maximum(boxes[:, :2], other_boxes[:, :2])
-    bottom_right = np.minimum(boxes[:, 2:], other_boxes[:, 2:])
-    intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=1)
-    areas = [np.clip(box[:, 2:] - box[:, :2], 0, None).prod(axis=1) for box in (boxes, other_boxes)]
-    ious: Floats = intersection / np.maximum(areas[0] + areas[1] - intersection, 1e-12)
-    return ious
-
-
-def pairwise_overlap(boxes: Floats, references: Floats) -> Floats:
-    """Compute the IoU [N] of normalized boxes; a point has the size of `MAX_DISTANCE`."""
-    is_point = (references[:, :2] == references[:, 2:]).all(axis=1, keepdims=True)
-    margins = is_point * np.array([-MAX_DISTANCE, -MAX_DISTANCE, MAX_DISTANCE, MAX_DISTANCE])
-    return pairwise_iou(boxes + margins, references + margins)
 
 
 MAX_SIDE = 448

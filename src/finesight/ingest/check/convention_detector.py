@@ -54,9 +54,9 @@ from finesight.ingest.check.box_hypothesis import (
     min_z_score,
     normalize_boxes,
     open_edge_contrast,
-    pairwise_iou,
 )
 from finesight.ingest.check.check_issues import CheckIssue
+from finesight.samples.boxes import pairwise_iou
 from finesight.samples.frames import (
     ORDERS,
     PIXELS,

@@ -39,13 +39,10 @@ from box_sources import (
 )
 
 from finesight.ingest.check.box_hypothesis import (
-    DEFAULT_CONVENTION,
     BoxClaim,
-    apply_exif_orientation,
 )
 from finesight.ingest.check.convention_detector import find_convention_issues
-from finesight.samples.boxes import BoxConvention
-from finesight.samples.frames import BoxFrame
+from finesight.samples.frames import PIXELS, BoxFrame, apply_exif_orientation, get_frame
 
 SAMPLES_PER_TRIAL = 300
 """Samples of a source per trial."""
@@ -76,7 +73,7 @@ class BoxSource:
     name: str
     items: Sequence[BoxSample]
     is_detectable: bool = True
-    box_form: BoxConvention = DEFAULT_CONVENTION
+    box_form: BoxFrame = PIXELS
     has_rotation: bool = False
     error_rate: float = 0.0
 
@@ -307,9 +304,9 @@ def ambiguous_sources(sources: dict[str, BoxSource], seed: int) -> list[BoxSourc
             sources["objects, photographs above 1000"].items,
             has_rotation=True,
         ),
-        BoxSource("read as xywh, rightly", base, box_form=BoxConvention("xywh")),
-        BoxSource("read as cxcywh of 1, rightly", base, box_form=BoxConvention("cxcywh", "1")),
-        BoxSource("read in thousandths, rightly", base, box_form=BoxConvention("xyxy", "1000")),
+        BoxSource("read as xywh, rightly", base, box_form=BoxFrame("xywh")),
+        BoxSource("read as cxcywh of 1, rightly", base, box_form=get_frame("cxcywh", "1")),
+        BoxSource("read in thousandths, rightly", base, box_form=get_frame("xyxy", "1000")),
     ]
 
 
@@ -356,14 +353,14 @@ def to_stored_orientation(box: BoxCorners, size: tuple[int, int], orientation: i
     return tuple(round(v * (width, height)[axis % 2], 1) for axis, v in enumerate(stored))
 
 
-def format_box(box_form: BoxConvention, box: BoxCorners, size: tuple[int, int]) -> BoxCorners:
+def format_box(box_form: BoxFrame, box: BoxCorners, size: tuple[int, int]) -> BoxCorners:
     """Format a box as a file of this form contains it."""
     x1, y1, x2, y2 = box
-    if box_form.units != "pixel":
-        x1, y1, x2, y2 = to_units(float(box_form.units), 4, box, size, None)
-    if box_form.format == "xywh":
+    if box_form.base == "fixed":
+        x1, y1, x2, y2 = to_units(box_form.width, 4, box, size, None)
+    if box_form.order == "xywh":
         return x1, y1, x2 - x1, y2 - y1
-    if box_form.format == "cxcywh":
+    if box_form.order == "cxcywh":
         return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
     return x1, y1, x2, y2
 

@@ -49,14 +49,13 @@ from synthetic_tasks import captions, scenes
 from synthetic_tasks.camera_noise import apply_camera_noise
 
 from finesight.api import evaluate
-from finesight.encode.family import FRAME_1000
 from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.infer.engine import build_engine
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision
 from finesight.infer.prediction import Prediction, build_prediction, iter_completions
 from finesight.infer.request import GenerationRequest, SamplingParams
-from finesight.samples.frames import ImageSize, rescale
+from finesight.samples.frames import FRAME_1000, ImageSize, rescale
 from finesight.samples.image_file import read_image_size
 from finesight.samples.sample import (
     BoxPart,

@@ -7,13 +7,13 @@ from case_files import load_cases
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from finesight.encode.family import ImageBox
 from finesight.ingest.exporter import ExportSummary, export_dataset
 from finesight.ingest.formats.dataset_format import DatasetFormat, ImportContext, ImportExample
 from finesight.ingest.image_resolver import ImageResolver
 from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import ImportSummary, import_dataset
 from finesight.ingest.row_reader import SourceRow
+from finesight.samples.frames import ImageSizes
 from finesight.samples.sample import (
     BoxPart,
     ContentPart,
@@ -42,7 +42,7 @@ SCENE = (12, 3, 32, 17)
 @st.composite
 def image_boxes(
     draw: st.DrawFn, factor: int, labels: tuple[str | None, ...], max_multiple: int = 40
-) -> ImageBox:
+) -> tuple[BoxPart, ImageSizes]:
     """Draw boxes in images whose resized sides are multiples of a factor."""
     original_size = draw(st.tuples(*[st.integers(1, 3000)] * 2))
     multiples = draw(st.tuples(*[st.integers(1, max_multiple)] * 2))
@@ -50,7 +50,8 @@ def image_boxes(
     xs, ys = (sorted(draw(st.tuples(*[st.floats(0, side)] * 2))) for side in (width, height))
     resized_size = multiples[0] * factor, multiples[1] * factor
     label = draw(st.sampled_from(labels))
-    return ImageBox(label, (xs[0], ys[0], xs[1], ys[1]), original_size, resized_size)
+    box = BoxPart(label=label, xyxy=(xs[0], ys[0], xs[1], ys[1]))
+    return box, ImageSizes(original_size, resized_size)
 
 
 def write_box_image(path: Path, corners: PixelBox, size: tuple[int, int] = (40, 20)) -> Path:

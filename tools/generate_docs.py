@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner
 
@@ -205,10 +206,37 @@ def render_limits_table(translate: Translate) -> str:
     return "\n".join(lines)
 
 
+def load_source_map() -> dict[str, Any]:
+    """Return the folders of the core, the satellites, and the functions of each path."""
+    return load_yaml((ROOT / "tools" / "source_map.yaml").read_text(encoding="utf-8"))
+
+
+def render_source_map(translate: Translate) -> str:
+    """Render the folders of the package with their purposes, and the functions of the paths."""
+    content = load_source_map()
+    titles = {"core": "core, which imports no satellite", "satellites": "satellites"}
+    lines = ["```text", "src/finesight/"]
+    for group, title in titles.items():
+        lines.append(f"# {translate(title)}")
+        for name in content[group]:
+            purpose = _first_sentence(ROOT / "src" / "finesight" / name / "__init__.py")
+            lines.append(f"  {name + '/':<13}{translate(purpose)}")
+    lines += ["```", ""]
+    lines += [f"| {translate('path')} | {translate('functions, in order')} |", "|---|---|"]
+    for title, steps in content["paths"].items():
+        functions = []
+        for step in steps:
+            file, name = step.split()
+            functions.append(f"`{file}` (`{name}`)")
+        lines.append(f"| {translate(title)} | {', '.join(functions)} |")
+    return "\n".join(lines)
+
+
 TABLE_RENDERERS: dict[str, Callable[[Translate], str]] = {
     "formats": render_formats_table,
     "issues": render_issues_table,
     "limits": render_limits_table,
+    "map": render_source_map,
 }
 """Table renderers by the name in the markers."""
 

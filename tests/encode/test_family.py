@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from box_fixtures import image_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, ThinkingOptions
+from finesight.encode.family import PromptPiece, SpecialToken, ThinkingOptions
 from finesight.encode.renderer import load_family
 from finesight.errors import UserError
 from finesight.families.qwen.renderer import QwenVL
@@ -22,6 +21,7 @@ from finesight.family_components import FAMILIES
 from finesight.model import vlm
 from finesight.model_folder import ModelFolder
 from finesight.samples.boxes import split_at_boxes
+from finesight.samples.frames import ImageSizes
 from finesight.samples.sample import BoxPart, create_region
 
 ONE, TWO = (20.0, 10.0, 60.0, 20.0), (0.0, 0.0, 200.0, 50.0)
@@ -99,21 +99,23 @@ def test_json_boxes_are_in_resized_pixels_or_thousandths():
         (Qwen3VL(), (32, 32), [0, 0, 467, 1000]),
         (Qwen3VL(), (320, 320), [0, 0, 467, 1000]),
     ):
-        box = ImageBox('猫 "x"', (48, 36, 480, 361), (360, 480), (252, 336))
+        box = BoxPart(label='猫 "x"', xyxy=(48, 36, 480, 361))
+        images = [ImageSizes((360, 480), (252, 336)), ImageSizes((3, 3), resized)]
         corners = [100, 100, 1000, 1000] if isinstance(family, Qwen3VL) else [34, 25, 336, 252]
         alone = f'{{"bbox_2d": {corners}, "label": "猫 \\"x\\""}}'
-        assert family.write_boxes([box]) == [alone]
-        other = ImageBox(None, (-0.4, 0, 1.4, 3), (3, 3), resized)
-        assert family.write_boxes([box, other]) == [f'[{alone}, {{"bbox_2d": {bare}}}]']
+        assert family.write_boxes([box], images) == [alone]
+        other = BoxPart(image=1, xyxy=(-0.4, 0, 1.4, 3))
+        assert family.write_boxes([box, other], images) == [f'[{alone}, {{"bbox_2d": {bare}}}]']
 
 
 @pytest.mark.parametrize("family", [Qwen2VL(), QwenVL()])
 def test_boxes_between_special_tokens(family):
     start, end, box_start, box_end = map(SpecialToken, family.box_tokens or ())
     most = family.max_box_coordinate
-    box = ImageBox("猫 <|box_end|>", (48, 36, 480, 359.9), (360, 480), (364, 476))
-    other = ImageBox(None, (0, 0, 10.005, 10.004), (20000, 20000), (28, 28))
-    assert family.write_boxes([box, other]) == [
+    box = BoxPart(label="猫 <|box_end|>", xyxy=(48, 36, 480, 359.9))
+    other = BoxPart(image=1, xyxy=(0, 0, 10.005, 10.004))
+    images = [ImageSizes((360, 480), (364, 476)), ImageSizes((20000, 20000), (28, 28))]
+    assert family.write_boxes([box, other], images) == [
         *(start, "猫 <|box_end|>", end, box_start, f"(100,100),({most},{most})", box_end),
         *(box_start, "(0,0),(1,1)", box_end),
     ]
@@ -125,15 +127,16 @@ LABELS = (None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n", "a (1,2),(3,
 @pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
 @pytest.mark.parametrize("is_point", [False, True])
 @settings(max_examples=500)
-@given(box=image_boxes(28, LABELS), count=st.integers(1, 3))
-def test_roundtrip_error_is_below_half_a_unit(family, is_point, box, count):
+@given(drawn=image_boxes(28, LABELS), count=st.integers(1, 3))
+def test_roundtrip_error_is_below_half_a_unit(family, is_point, drawn, count):
+    box, image = drawn
     if is_point:
-        box = replace(box, xyxy=box.xyxy[:2] * 2, is_point=True)
-    text = f"Here: {join(family.write_boxes([box] * count))}<|im_end|>"
-    found = family.read_boxes(text, box.original_size, box.resized_size)
+        box = create_region(box.xyxy[:2] * 2, box.label, is_point=True)
+    text = f"Here: {join(family.write_boxes([box] * count, [image]))}<|im_end|>"
+    found = family.read_boxes(text, image.original, image.resized)
     assert [(one.label, one.is_point) for one in found] == [(box.label, is_point)] * count
-    frame = family.box_frame(box.resized_size)
-    steps = [side / units for side, units in zip(box.original_size, frame, strict=True)][::-1] * 2
+    frame = family.box_frame(image.resized)
+    steps = [side / units for side, units in zip(image.original, frame, strict=True)][::-1] * 2
     for there, back, step in zip(box.xyxy, found[0].xyxy, steps, strict=True):
         assert abs(min(there, family.max_box_coordinate * step) - back) <= step / 2 + 1e-9
 
@@ -142,7 +145,7 @@ MARK = re.compile(r'"box ([0-9]+)"')
 
 
 def build_structure(
-    rng: random.Random, boxes: list[ImageBox], name: str | None = None, depth: int = 3
+    rng: random.Random, boxes: list[BoxPart], name: str | None = None, depth: int = 3
 ) -> dict[str, object]:
     """Build random JSON data with marks instead of coordinates, and add their boxes to the list."""
     value: dict[str, object] = {"text": rng.choice(LABELS), "n": rng.choice([None, 1.5, [1, 2]])}
@@ -154,7 +157,7 @@ def build_structure(
         (x1, x2), (y1, y2) = (sorted(rng.uniform(0, side) for _ in "ab") for side in (480, 360))
         xyxy = (x1, y1, x2, y2) if key == "bbox_2d" else (x1, y1, x1, y1)
         marks.append(f"box {len(boxes)}")
-        boxes.append(ImageBox(name, xyxy, (360, 480), (252, 336), key != "bbox_2d"))
+        boxes.append(create_region(xyxy, name, is_point=key != "bbox_2d"))
     value[key] = marks if len(marks) > 1 else marks[0]
     for child in rng.sample(["total", "items", "a b"], rng.randint(0, depth)):
         inner = [build_structure(rng, boxes, child, depth - 1) for _ in range(rng.randint(1, 2))]
@@ -165,13 +168,14 @@ def build_structure(
 @pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
 def test_boxes_in_json_have_an_error_below_half_a_unit(family):
     rng = random.Random(1)
+    images = [ImageSizes((360, 480), (252, 336))]
     for _ in range(500):
-        boxes: list[ImageBox] = []
+        boxes: list[BoxPart] = []
         written = json.dumps(build_structure(rng, boxes))
         pieces: list[str] = MARK.split(written)
         expected = [boxes[int(one)] for one in pieces[1::2]]
         segments = [[boxes[int(one)]] if n % 2 else one for n, one in enumerate(pieces)]
-        text = join(family.write_segments(segments))
+        text = join(family.write_segments(segments, images))
         assert json.loads(text)
         _, [*split], _ = split_at_boxes(text)
         assert split[::2] == pieces[::2], "the structure of an answer"
@@ -261,11 +265,10 @@ def test_lenient_parsing_of_boxes_between_tokens():
 )
 def test_boxes_in_json_strings_leave_valid_json(family, texts):
     boxes = [
-        [ImageBox('a "b"', (20.0, 30.0, 40.0, 50.0), (200, 300), (196, 308))] * n
-        for n in range(1, len(texts))
+        [BoxPart(label='a "b"', xyxy=(20.0, 30.0, 40.0, 50.0))] * n for n in range(1, len(texts))
     ]
     segments = [piece for pair in zip(texts, [*boxes, []], strict=True) for piece in pair if piece]
-    text = join(family.write_segments(segments))
+    text = join(family.write_segments(segments, [ImageSizes((200, 300), (196, 308))]))
     value = json.loads(text.removeprefix("Report: "))
     assert ("bbox_2d" in str(value)) == (not family.box_tokens)
     if texts[0] == '{"place": "' and not family.box_tokens:

@@ -16,7 +16,8 @@ from finesight.ingest.import_source import (
     open_unvalidated,
 )
 from finesight.ingest.importer import import_dataset
-from finesight.samples.boxes import BoxConvention, InvalidBoxError
+from finesight.samples.boxes import InvalidBoxError
+from finesight.samples.frames import PIXELS, BoxFrame
 from finesight.samples.sample import (
     BoxPart,
     ImagePart,
@@ -71,7 +72,7 @@ def test_invalid_samples_are_preserved(tmp_path: Path) -> None:
     assert [row.error is None for row in found] == [True] * 5 + [False]
     (reversed_box,) = found[0].boxes
     assert reversed_box.coordinates == (30, 2, 1, 14)
-    assert (reversed_box.image_path, reversed_box.convention) == (image, BoxConvention())
+    assert (reversed_box.image_path, reversed_box.frame) == (image, PIXELS)
     outside = found[1].samples[0].messages[-1].content[0]
     assert isinstance(outside, BoxPart)
     assert outside.xyxy == (-5, -5, 900, 900)
@@ -99,7 +100,7 @@ def test_foreign_source_gives_raw_boxes_and_corners(tmp_path: Path) -> None:
     first, broken, _ = read_unvalidated(source, box_format="xywh")
     assert first.samples[0].messages[-1].content == (BoxPart(xyxy=(10, 5, 12, 8)),)
     assert first.boxes[0].coordinates == (10, 5, 2, 3)
-    assert first.boxes[0].convention == BoxConvention("xywh", "pixel")
+    assert first.boxes[0].frame == BoxFrame("xywh")
     assert isinstance(broken.error, InvalidBoxError)
     *_, shares = read_unvalidated(source, box_units="1000")
     assert shares.boxes[0].image_path == image

@@ -12,7 +12,6 @@ from finesight.errors import UserError
 from finesight.ingest.formats.table import find_stated_format
 from finesight.samples.boxes import (
     MAX_JSON_DEPTH,
-    BoxConvention,
     TextBox,
     TextCoordinates,
     clip_to_image,
@@ -23,13 +22,13 @@ from finesight.samples.boxes import (
     split_at_boxes,
     strip_code_fences,
 )
-from finesight.samples.frames import Box, Order, Unit
+from finesight.samples.frames import PIXELS, Box, Order, Unit, get_frame
 
 CASES = load_cases("boxes")
 
 SIZE = (200, 500)
 CORNERS: Box = (50.0, 20.0, 150.0, 80.0)
-PIXELS = {
+BOX_VALUES = {
     "xyxy": (50, 20, 150, 80),
     "xywh": (50, 20, 100, 60),
     "cxcywh": (100, 50, 100, 60),
@@ -51,22 +50,22 @@ def test_all_box_formats_give_the_same_corners(form: Order, units: Unit) -> None
     scales = (full[0] / width, full[1] / height) * 2
     if form == "yxyx":
         scales = scales[1:] + scales[:1]
-    values = tuple(n * scale for n, scale in zip(PIXELS[form], scales, strict=True))
-    assert BoxConvention(form, units).to_pixels(values, SIZE) == pytest.approx(CORNERS, abs=1e-9)
+    values = tuple(n * scale for n, scale in zip(BOX_VALUES[form], scales, strict=True))
+    assert get_frame(form, units).to_pixels(values, SIZE) == pytest.approx(CORNERS, abs=1e-9)
     # The nearest float.
-    assert BoxConvention(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
+    assert get_frame("xyxy", "1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
 
 
 def test_rounding_outside_image_is_clipped():
-    clipped = clip_to_image((-1.0, 0.0, 500.6, 201.0), SIZE, BoxConvention())
+    clipped = clip_to_image((-1.0, 0.0, 500.6, 201.0), SIZE, PIXELS)
     assert clipped == (0.0, 0.0, 500.0, 200.0)
-    assert clip_to_image(CORNERS, SIZE, BoxConvention()) == CORNERS
+    assert clip_to_image(CORNERS, SIZE, PIXELS) == CORNERS
 
 
 @pytest.mark.parametrize(("box", "what"), CASES["test_invalid_boxes_are_rejected"])
 def test_invalid_boxes_are_rejected(box: Box, what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        clip_to_image(box, SIZE, BoxConvention())
+        clip_to_image(box, SIZE, PIXELS)
     assert "xywh" in caught.value.remedy
     assert "500" in caught.value.expected
 

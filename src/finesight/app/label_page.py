@@ -29,9 +29,9 @@ from finesight.files.worker_pool import WorkerPool
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
 from finesight.label.label_store import AnswerContent, LabelEvent, LabelItem, get_text
-from finesight.samples.boxes import BoxConvention, InvalidBoxError, clip_to_image
+from finesight.samples.boxes import InvalidBoxError, clip_to_image
 from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
-from finesight.samples.frames import ImageSize
+from finesight.samples.frames import PIXELS, ImageSize
 from finesight.samples.image_file import CorruptImageError
 from finesight.samples.sample import BoxPart, TextPart, create_region
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
@@ -401,7 +401,7 @@ def _build_content(
         # Equal corners are a point only where points are expected, and else a box without area.
         size, is_point = sizes[box.image], box.is_point and has_points
         try:
-            corners = clip_to_image(box.xyxy, size, BoxConvention(), is_point=is_point)
+            corners = clip_to_image(box.xyxy, size, PIXELS, is_point=is_point)
         except InvalidBoxError as error:
             remedy = "draw it again"
             raise UserError(error.what, expected=error.expected, remedy=remedy) from error

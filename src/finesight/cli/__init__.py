@@ -1,1 +1,1 @@
-"""The commands: each parses, calls and prints."""
+"""Commands: options from an operation, text from its outcome."""

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -20,13 +19,6 @@ from finesight.errors import Step, UserError, format_count, shorten
 from finesight.evaluate.score_format import format_score
 from finesight.evaluate.verdict import Verdict
 from finesight.files.storage import verify_folder
-from finesight.ingest.check.box_hypothesis import (
-    DEFAULT_CONVENTION,
-    BoxClaim,
-    BoxClaimTable,
-    normalize_boxes,
-    pairwise_overlap,
-)
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.report import summary
 from finesight.report.run_reader import (
@@ -36,8 +28,9 @@ from finesight.report.run_reader import (
     read_json_lines,
 )
 from finesight.report.run_verdict import judge_run
+from finesight.samples.boxes import pairwise_overlap
 from finesight.samples.corpus import Corpus, load_corpus
-from finesight.samples.frames import UNIT_FRAMES, BoxFrame
+from finesight.samples.frames import PIXELS, UNIT_FRAMES, Box, BoxFrame, Floats, ImageSize
 from finesight.samples.image_file import read_image_size
 from finesight.samples.marked_prompt import write_marked_prompt
 from finesight.samples.prompt_format import DEFAULT_TEMPLATE, PromptFormat
@@ -622,38 +615,39 @@ def _check_box_conventions(
     convention that makes them overlap is reported. Only predictions with the expected number of
     boxes and an existing image are used.
     """
-    predicted_claims: list[BoxClaim] = []
-    label_claims: list[BoxClaim] = []
+    predicted_boxes: list[Box] = []
+    label_boxes: list[Box] = []
+    sizes: list[ImageSize] = []
     folder = Path(str(summary.get_last_start(run_record).get("working_dir") or "."))
     for one in predictions:
         if one.boxes and one.image and len(one.boxes) == len(one.gold_boxes):
-            path = folder / one.image
             try:
-                size = read_image_size(path)
+                size = read_image_size(folder / one.image)
             except UserError:
                 continue
-            build_claim = partial(BoxClaim, "", one.id, path, size, 1)
-            predicted_claims += [build_claim(box.xyxy) for box in one.boxes]
-            label_claims += [build_claim(box.xyxy) for box in one.gold_boxes]
-    if len(predicted_claims) < 8:
+            predicted_boxes += [box.xyxy for box in one.boxes]
+            label_boxes += [box.xyxy for box in one.gold_boxes]
+            sizes += [size] * len(one.boxes)
+    if len(predicted_boxes) < 8:
         return
-    predicted = BoxClaimTable(predicted_claims)
-    labels = BoxClaimTable(label_claims)
-    current = DEFAULT_CONVENTION.frame
+    predicted_N4 = np.array(predicted_boxes, np.float64)
+    labels_N4 = np.array(label_boxes, np.float64)
+    heights_N, widths_N = np.array(sizes, np.float64).T
 
-    def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: BoxFrame) -> float:
+    def mean_iou(coordinates_N4: Floats, others_N4: Floats, meaning: BoxFrame) -> float:
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.
         with np.errstate(all="ignore"):
-            boxes = normalize_boxes(meaning, claims)
-            other_boxes = normalize_boxes(current, others)
-            return float(np.nan_to_num(pairwise_overlap(boxes, other_boxes)).mean())
+            boxes_N4 = meaning.to_fractions(coordinates_N4, heights_N, widths_N)
+            other_boxes_N4 = PIXELS.to_fractions(others_N4, heights_N, widths_N)
+            return float(np.nan_to_num(pairwise_overlap(boxes_N4, other_boxes_N4)).mean())
 
-    current_iou = mean_iou(predicted, labels, current)
+    current_iou = mean_iou(predicted_N4, labels_N4, PIXELS)
     candidates = []
-    sides = (("predictions", predicted, labels), ("labels", labels, predicted))
-    for subject, claims, others in sides:
-        for meaning, convention, options in _list_hypotheses(run_record, claims, others):
-            iou = mean_iou(claims, others, meaning)
+    sides = (("predictions", predicted_N4, labels_N4), ("labels", labels_N4, predicted_N4))
+    for subject, coordinates_N4, others_N4 in sides:
+        hypotheses = _list_hypotheses(run_record, coordinates_N4, others_N4)
+        for meaning, convention, options in hypotheses:
+            iou = mean_iou(coordinates_N4, others_N4, meaning)
             candidates.append((iou, subject, convention, options))
     best, subject, convention, options = max(candidates)
     if current_iou < 0.5 and best >= max(0.5, current_iou + 0.2):
@@ -662,7 +656,7 @@ def _check_box_conventions(
 
 
 def _list_hypotheses(
-    run_record: RunRecord, claims: BoxClaimTable, reference: BoxClaimTable
+    run_record: RunRecord, coordinates_N4: Floats, references_N4: Floats
 ) -> Iterator[tuple[BoxFrame, str, str]]:
     """Yield the box conventions that coordinates may follow, with description and import options.
 
@@ -673,7 +667,7 @@ def _list_hypotheses(
     yield BoxFrame("cxcywh"), "center, width, height", "--box-format cxcywh"
     yield BoxFrame("yxyx"), "y1, x1, y2, x2", "--box-format yxyx"
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = claims.coordinates / reference.coordinates
+        ratios = coordinates_N4 / references_N4
     valid_ratios = ratios[np.isfinite(ratios) & (ratios > 0)]
     scale = 1.0
     if len(valid_ratios):

@@ -26,7 +26,7 @@ from finesight.samples.boxes import (
     iter_json_boxes,
     iter_json_values,
 )
-from finesight.samples.frames import Box, ImageSize, rescale, round_to_size
+from finesight.samples.frames import FRAME_1000, Box, ImageSize, ImageSizes, rescale, round_to_size
 from finesight.samples.sample import (
     BoxPart,
     ContentPart,
@@ -35,9 +35,6 @@ from finesight.samples.sample import (
     ToolCallPart,
     create_region,
 )
-
-FRAME_1000: ImageSize = (1000, 1000)
-"""Coordinate frame (height, width) of boxes in thousandths of the image size."""
 
 MIN_SAMPLED_FRAMES = 4
 """Minimum number of frames of a video file, as in the published video processors."""
@@ -106,17 +103,6 @@ class ThinkingOptions:
 
 
 DEFAULT_THINKING = ThinkingOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class ImageBox:
-    """A bounding box or a point before formatting, in the frame of `original_size`."""
-
-    label: str | None
-    xyxy: Box
-    original_size: ImageSize
-    resized_size: ImageSize
-    is_point: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,15 +336,20 @@ class ModelFamily(ABC):
         """Return the frame of JSON boxes, by default in thousandths of the image size."""
         return FRAME_1000
 
-    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
+    def write_boxes(
+        self, boxes: Sequence[BoxPart], images: Sequence[ImageSizes]
+    ) -> list[PromptPiece]:
         """Format one or more adjacent boxes in the box format of the family.
 
         By default, one box is a JSON object and several are a list, with integer coordinates.
+
+        Args:
+            images: Sizes of the images of the sample, in which `BoxPart.image` is an index.
         """
         items: list[dict[str, Any]] = []
         for box in boxes:
             key = POINT_KEY if box.is_point else BOX_KEY
-            item: dict[str, Any] = {key: self._round_corners(box)}
+            item: dict[str, Any] = {key: self._round_corners(box, images)}
             if box.label is not None:
                 item["label"] = box.label
             items.append(item)
@@ -366,18 +357,22 @@ class ModelFamily(ABC):
             return [json.dumps(items[0], ensure_ascii=False)]
         return [json.dumps(items, ensure_ascii=False)]
 
-    def write_coordinates(self, box: ImageBox) -> list[PromptPiece]:
+    def write_coordinates(self, box: BoxPart, images: Sequence[ImageSizes]) -> list[PromptPiece]:
         """Format a box as a JSON value: a list of numbers, or a string with special tokens."""
         if self.box_tokens:
-            return ['"', *self.write_boxes([replace(box, label=None)]), '"']
-        return [json.dumps(self._round_corners(box))]
+            unlabeled = box.model_copy(update={"label": None})
+            return ['"', *self.write_boxes([unlabeled], images), '"']
+        return [json.dumps(self._round_corners(box, images))]
 
-    def _round_corners(self, box: ImageBox) -> tuple[int, ...]:
-        frame = self.box_frame(box.resized_size)
-        corners = round_to_size(rescale(box.xyxy, box.original_size, frame), frame)
+    def _round_corners(self, box: BoxPart, images: Sequence[ImageSizes]) -> tuple[int, ...]:
+        image = images[box.image]
+        frame = self.box_frame(image.resized)
+        corners = round_to_size(rescale(box.xyxy, image.original, frame), frame)
         return corners[:2] if box.is_point else corners
 
-    def write_segments(self, segments: Sequence[str | list[ImageBox]]) -> list[PromptPiece]:
+    def write_segments(
+        self, segments: Sequence[str | list[BoxPart]], images: Sequence[ImageSizes]
+    ) -> list[PromptPiece]:
         """Format texts and lists of adjacent boxes.
 
         A box after a key of coordinates in JSON is only their value. Other boxes within a string of
@@ -389,9 +384,9 @@ class ModelFamily(ABC):
             if isinstance(segment, str):
                 pieces.append([segment])
             elif index in slots:
-                pieces.append(self.write_coordinates(segment[0]))
+                pieces.append(self.write_coordinates(segment[0], images))
             else:
-                pieces.append(self.write_boxes(segment))
+                pieces.append(self.write_boxes(segment, images))
         for index in _find_boxes_in_json_strings(segments, slots):
             before = str(pieces[index - 1][0])
             after = str(pieces[index + 1][0])
@@ -473,7 +468,7 @@ def is_question(message: Message) -> bool:
 
 
 def _find_boxes_in_json_strings(
-    segments: Sequence[str | list[ImageBox]], slots: Collection[int]
+    segments: Sequence[str | list[BoxPart]], slots: Collection[int]
 ) -> list[int]:
     """Return the indices of the boxes within strings of JSON: a mark elsewhere is invalid JSON."""
     texts: list[str] = []

@@ -29,7 +29,6 @@ from PIL import Image
 from finesight.encode.family import (
     THINK_END,
     THINK_START,
-    ImageBox,
     ModelFamily,
     PromptPiece,
     SpecialToken,
@@ -52,7 +51,7 @@ from finesight.model_folder import ModelFolder
 from finesight.objective_components import SampleKind, describe_samples, suggest_objectives
 from finesight.samples.augmentation import AugmentedSample, ImageVariant
 from finesight.samples.boxes import is_inside_image
-from finesight.samples.frames import ImageSize
+from finesight.samples.frames import ImageSize, ImageSizes
 from finesight.samples.image_file import read_image_size
 from finesight.samples.sample import (
     BoxPart,
@@ -290,6 +289,7 @@ class _RenderState:
     token_builder: TokenBuilder
     pending_visuals: Iterator[Sequence[_Visual]]
     images: Sequence[VisualSpan]
+    image_sizes: Sequence[ImageSizes]
     spans: list[VisualSpan]
     temporal_ids: list[NDArray[np.int64]]
     variants: Iterator[ImageVariant]
@@ -681,6 +681,7 @@ class NativeRenderer(Renderer):
             token_builder=TokenBuilder(self.tokenizer),
             pending_visuals=iter([[visual] for visual in visuals]),
             images=(),
+            image_sizes=(),
             spans=[],
             temporal_ids=[],
             variants=iter(()),
@@ -770,6 +771,7 @@ class NativeRenderer(Renderer):
             token_builder=TokenBuilder(self.tokenizer),
             pending_visuals=iter(visuals_by_part),
             images=images,
+            image_sizes=[ImageSizes(one.original_size, one.resized_size) for one in images],
             spans=[],
             temporal_ids=[],
             variants=variants,
@@ -812,17 +814,17 @@ class NativeRenderer(Renderer):
         self, state: _RenderState, content: Sequence[ContentPart], *, is_supervised: bool
     ) -> None:
         """Append the content parts of a turn; adjacent boxes are formatted together."""
-        segments: list[str | list[ImageBox]] = []
+        segments: list[str | list[BoxPart]] = []
         for part in content:
             if isinstance(part, TextPart):
                 segments.append(part.text)
             elif isinstance(part, BoxPart):
-                box = _to_image_box(part, state.images, state.sample_id)
+                _check_box(part, state.images, state.sample_id)
                 last = segments[-1] if segments else None
                 if isinstance(last, list):
-                    last.append(box)
+                    last.append(part)
                 else:
-                    segments.append([box])
+                    segments.append([part])
             else:
                 self._add_segments(state, segments, is_supervised=is_supervised)
                 segments = []
@@ -831,9 +833,9 @@ class NativeRenderer(Renderer):
         self._add_segments(state, segments, is_supervised=is_supervised)
 
     def _add_segments(
-        self, state: _RenderState, segments: Sequence[str | list[ImageBox]], *, is_supervised: bool
+        self, state: _RenderState, segments: Sequence[str | list[BoxPart]], *, is_supervised: bool
     ) -> None:
-        pieces = self.family.write_segments(segments)
+        pieces = self.family.write_segments(segments, state.image_sizes)
         state.token_builder.add_pieces(pieces, is_supervised=is_supervised)
 
     def _add_visual(self, state: _RenderState, span: VisualSpan, segment: VideoSegment) -> None:
@@ -963,7 +965,8 @@ def _fit_box(part: ContentPart, images: Sequence[VisualSpan]) -> ContentPart:
     return part.model_copy(update={"image": 0, "xyxy": tuple(scale * one for one in part.xyxy)})
 
 
-def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> ImageBox:
+def _check_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> None:
+    """Raise UserError for a box outside of its image, or of an image that the sample lacks."""
     if box.image >= len(images):
         raise UserError(
             f"a box refers to image {box.image} (0-based)",
@@ -981,4 +984,3 @@ def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) ->
             remedy="use pixels of the original image after EXIF rotation;"
             " an import with --box-format and --box-units converts boxes",
         )
-    return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size, box.is_point)

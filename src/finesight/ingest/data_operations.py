@@ -219,14 +219,14 @@ def format_import(
 
 def _describe_box_format(options: ImportOptions) -> str:
     """Describe a box format that differs from the default, or that no column states."""
-    from finesight.ingest.formats.table import find_stated_format, get_default_convention
+    from finesight.ingest.formats.table import find_stated_format, get_default_frame
 
     column = options.columns.get("box")
     if column is None or (find_stated_format(column) and not options.box_format):
         return ""
     if options.box_format:
         return f"box format: {options.box_format}, by the values"
-    default = get_default_convention(column).format
+    default = get_default_frame(column).order
     return f"box format: {default} (assumed; for another one, import with --box-format)"
 
 

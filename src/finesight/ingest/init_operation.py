@@ -278,7 +278,8 @@ def _import_split(
     path: Path, out: Path, options: ImportOptions, console: ProgressConsole
 ) -> tuple[ImportSummary, ImportOptions]:
     """Import a dataset, without a validation split if its rows cannot be split."""
-    from finesight.ingest.importer import SplitError, import_dataset
+    from finesight.ingest.importer import import_dataset
+    from finesight.samples.image_split import SplitError
 
     with console.activity("importing the data"):
         options = replace(options, requires_most_rows=True)

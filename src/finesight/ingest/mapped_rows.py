@@ -487,7 +487,7 @@ class SampleBuilder:
         return build_detection_examples(
             replace(self.row, record=record),
             self.context,
-            boxes.frame.convention,
+            boxes.frame.box_frame,
             image_files[0],
             objects,
             declared_size=self._read_size(boxes.frame),
@@ -775,16 +775,16 @@ class SampleBuilder:
         if regions is None:
             return (), {}
         images.require_single_image()
-        convention = regions.frame.convention
+        frame = regions.frame.box_frame
         declared = self._read_size(regions.frame)
         check_declared_size(declared, images.paths[0], self.context)
         if boxes is not None:
-            return create_labelled_boxes(self._read_boxes(boxes), images, convention)
+            return create_labelled_boxes(self._read_boxes(boxes), images, frame)
         assert points is not None, "one of the two"
         parts: list[BoxPart] = []
         check_coordinates = partial(_check_coordinates, count=2)
         for numbers, label in self._read_regions(points, points.point, "points", check_coordinates):
-            parts.append(images.create_box(numbers, label, convention))
+            parts.append(images.create_box(numbers, label, frame))
         return tuple(parts), {}
 
 

@@ -32,8 +32,7 @@ from pydantic_core import CoreSchema, ErrorDetails
 from finesight.errors import UserError, suggest_name
 from finesight.files.bounded_files import load_yaml, read_text
 from finesight.ingest.field_path import FieldPath, PathStep, parse_path
-from finesight.samples.boxes import BoxConvention
-from finesight.samples.frames import Order, Unit
+from finesight.samples.frames import BoxFrame, Order, Unit, get_frame
 
 MAPPING_VERSION = 1
 
@@ -375,8 +374,8 @@ class Frame(MappingSection):
             )
 
     @property
-    def convention(self) -> BoxConvention:
-        """Return the convention of the coordinates."""
+    def box_frame(self) -> BoxFrame:
+        """Return the frame of the coordinates."""
         units: dict[str, Unit] = {
             "pixels": "pixel",
             "fractions": "1",
@@ -384,7 +383,7 @@ class Frame(MappingSection):
             "thousandths": "1000",
             "resized": "resized",
         }
-        return BoxConvention(self.order, units[self.unit])
+        return get_frame(self.order, units[self.unit])
 
 
 class Boxes(Elements):

@@ -38,6 +38,7 @@ from finesight.files.storage import (
     write_files,
 )
 from finesight.samples.image_file import CorruptImageError, get_file
+from finesight.samples.image_split import group_rows
 from finesight.samples.sample import (
     BoxPart,
     ContentPart,
@@ -538,9 +539,6 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def _select_eval_ids(self, labeled: Mapping[str, LocatedSample]) -> set[str]:
         """Return the IDs of validation samples, which share no pixels with training samples."""
-        # Slow to import, and the studio needs only the names of files.
-        from finesight.ingest.importer import group_rows
-
         eval_ids = set[str]()
         if self._train_fraction == 1:
             return eval_ids

@@ -62,7 +62,7 @@ from finesight.samples.boxes import (
     iter_json_values,
 )
 from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
-from finesight.samples.frames import Box, ImageSize, to_corners
+from finesight.samples.frames import FRAME_1000, Box, ImageSize, to_corners
 from finesight.samples.image_file import DEFAULT_SIZE, CorruptImageError
 from finesight.samples.sample import (
     BoxPart,
@@ -601,7 +601,7 @@ def read_boxes(text: str, frame: TeacherFrame, image: SentImage) -> list[BoxPart
     """
     height, width = size = image.original_size
     is_swapped, boxes = frame == "thousandths-yx", list[BoxPart]()
-    source = image.size if frame == "pixels" else (1000, 1000)
+    source = image.size if frame == "pixels" else FRAME_1000
     for box in read_json_boxes(text, source, (width, height) if is_swapped else size):
         x1, y1, x2, y2 = (round(number, COORDINATE_DECIMALS) for number in box.xyxy)
         corners: Box = to_corners("yxyx" if is_swapped else "xyxy", (x1, y1, x2, y2))

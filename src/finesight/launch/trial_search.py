@@ -47,12 +47,12 @@ from finesight.files.storage import (
     write_file,
     write_folder,
 )
-from finesight.ingest.importer import group_rows, split_by_image
 from finesight.report.charts import build_parallel_plot
 from finesight.report.html import PageFile, render_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.samples.corpus import Corpus, load_corpus
 from finesight.samples.image_file import get_file, split_page
+from finesight.samples.image_split import group_rows, split_by_image
 from finesight.samples.sample import LocatedSample, Sample, relocate_sample, write_samples
 from finesight.settings.config import MetricSpec, Recipe
 from finesight.settings.recipe import dump_recipe, recipe_from_dict

@@ -1,4 +1,4 @@
-"""Convert box conventions to `[x1, y1, x2, y2]` in pixels, and find boxes in texts.
+"""Geometry of boxes in pixels, and boxes in texts.
 
 Qwen2.5-VL answers contain boxes as JSON objects with the key `bbox_2d`. Other texts contain boxes
 or points as plain numbers, which no model family scales. An import converts them if their notation
@@ -19,17 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from finesight.errors import UserError
-from finesight.samples.frames import (
-    Box,
-    BoxFrame,
-    ImageSize,
-    Order,
-    Unit,
-    get_frame,
-    rescale,
-    to_corners,
-)
+from finesight.samples.frames import FRAME_1000, Box, BoxFrame, Floats, rescale, to_corners
 
 
 class InvalidBoxError(UserError):
@@ -42,23 +35,6 @@ class StrayBoxError(InvalidBoxError):
 
 MAX_OVERHANG_PX = 1.0
 """Maximum overhang of a box beyond its image due to rounding, in pixels."""
-
-
-@dataclass(frozen=True, slots=True)
-class BoxConvention:
-    """Order and unit of bounding box coordinates."""
-
-    format: Order = "xyxy"
-    units: Unit = "pixel"
-
-    @property
-    def frame(self) -> BoxFrame:
-        """Frame of the coordinates."""
-        return get_frame(self.format, self.units)
-
-    def to_pixels(self, coordinates: Sequence[float], image_size: ImageSize) -> Box:
-        """Convert four coordinates of this convention to two corners in pixels."""
-        return self.frame.to_pixels(coordinates, image_size)
 
 
 def parse_coordinates(value: object) -> list[float]:
@@ -162,7 +138,7 @@ def is_inside_image(
 def clip_to_image(
     box: Box,
     image_size: tuple[int, int],
-    convention: BoxConvention,
+    frame: BoxFrame,
     *,
     is_point: bool = False,
     is_corner: bool = False,
@@ -170,6 +146,7 @@ def clip_to_image(
     """Clip a box or a point that exceeds its image by no more than a rounding error.
 
     Args:
+        frame: Frame of the coordinates from which the box was converted, for the error.
         is_corner: The point is a corner of a polygon, which alone may be within the first pixel.
 
     Raises:
@@ -182,7 +159,7 @@ def clip_to_image(
     is_valid = is_finite and (is_point or (x1 < x2 and y1 < y2))
     # In pixels, such a box is smaller than one and not on the pixel grid.
     is_fraction = max(box) <= 1 and any(value % 1 for value in box)
-    is_fraction = is_fraction and convention.units == "pixel" and not is_corner
+    is_fraction = is_fraction and frame.base == "image" and not is_corner
     clipped = clip_box(box, image_size, is_point=is_point)
     is_inside = is_inside_image(box, image_size, is_point=is_point)
     if clipped is not None and is_inside and not is_fraction:
@@ -192,10 +169,10 @@ def clip_to_image(
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
     else:
         problem = "is outside its image" if is_valid else "has inverted corners or no area"
-        other = "xywh" if convention.format == "xyxy" else "xyxy"
+        other = "xywh" if frame.order == "xyxy" else "xyxy"
         remedy = (
             f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-            f"{convention.units}, give --box-units pixel, 1, 100, 1000 or resized"
+            f"{frame.unit}, give --box-units pixel, 1, 100, 1000 or resized"
         )
     error_class: type[InvalidBoxError] = InvalidBoxError
     if is_point:
@@ -205,8 +182,7 @@ def clip_to_image(
         if is_finite and clip_box(sort_corners(box), image_size) is None:
             error_class = StrayBoxError
     raise error_class(
-        f"the {shape} in pixels (read as {convention.format} in units of"
-        f" {convention.units}) {problem}",
+        f"the {shape} in pixels (read as {frame.order} in units of {frame.unit}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
         remedy=remedy,
     )
@@ -263,6 +239,23 @@ def measure_overlap(
 def box_area(box: Box) -> float:
     """Return the area of a box in square pixels, 0 for inverted corners."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def pairwise_iou(boxes: Floats, other_boxes: Floats) -> Floats:
+    """Compute the intersection over union [N] of corresponding boxes in two arrays [N, 4]."""
+    top_left = np.maximum(boxes[:, :2], other_boxes[:, :2])
+    bottom_right = np.minimum(boxes[:, 2:], other_boxes[:, 2:])
+    intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=1)
+    areas = [np.clip(box[:, 2:] - box[:, :2], 0, None).prod(axis=1) for box in (boxes, other_boxes)]
+    ious: Floats = intersection / np.maximum(areas[0] + areas[1] - intersection, 1e-12)
+    return ious
+
+
+def pairwise_overlap(boxes: Floats, references: Floats) -> Floats:
+    """Compute the IoU [N] of normalized boxes; a point has the size of `MAX_DISTANCE`."""
+    is_point = (references[:, :2] == references[:, 2:]).all(axis=1, keepdims=True)
+    margins = is_point * np.array([-MAX_DISTANCE, -MAX_DISTANCE, MAX_DISTANCE, MAX_DISTANCE])
+    return pairwise_iou(boxes + margins, references + margins)
 
 
 BOX_KEY = "bbox_2d"
@@ -682,7 +675,7 @@ def _parse_located_objects(text: str) -> list[TextBox]:
 def _scale_location(tokens: str) -> list[float]:
     """Return the corners in thousandths of four tokens, y first, on a grid of 1024."""
     corners = to_corners("yxyx", _find_numbers(tokens))
-    return [*rescale(corners, (1024, 1024), (1000, 1000))]
+    return [*rescale(corners, (1024, 1024), FRAME_1000)]
 
 
 def _list_boxes(match: re.Match[str]) -> list[list[float]]:

@@ -10,14 +10,28 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finesight.settings.config import PixelRange
 
 ImageSize = tuple[int, int]
 """Height and width in pixels."""
+
+FRAME_1000: ImageSize = (1000, 1000)
+"""Coordinate frame (height, width) of boxes in thousandths of the image size."""
+
+
+class ImageSizes(NamedTuple):
+    """Height and width of an image in its file, and as a model receives it."""
+
+    original: ImageSize
+    resized: ImageSize
+
+
+Floats = NDArray[np.float64]
 
 Box = tuple[float, float, float, float]
 """Two corners of a box: x1, y1, x2, y2."""
@@ -77,6 +91,37 @@ def round_to_size(xyxy: Box, size: tuple[int, int]) -> tuple[int, int, int, int]
 
 def _clamp(value: int, limit: int) -> int:
     return min(max(value, 0), limit)
+
+
+def divide_by_size(corners: Floats, height: Floats | float, width: Floats | float) -> Floats:
+    """Divide the corners of boxes [N, 4] by the size of their images [N]."""
+    sides: Floats = np.stack(np.broadcast_arrays(width, height, width, height), axis=-1)
+    return corners / sides
+
+
+def to_corner_table(order: Order, coordinates: Floats) -> Floats:
+    """Convert boxes [..., 4] in an order to two corners in the same units."""
+    corners: Floats = np.stack(to_corners(order, np.moveaxis(coordinates, -1, 0)), axis=-1)
+    return corners
+
+
+def apply_exif_orientation(boxes: Floats, orientation: NDArray[np.int_]) -> Floats:
+    """Rotate boxes of stored images by the EXIF orientation (Exif 2.32, tag 0x0112).
+
+    Args:
+        boxes: Normalized corners in the stored image, [N, 4].
+        orientation: EXIF orientation of each image, [N].
+    """
+    # Orientations 5 to 8 swap the axes. Afterwards, 2, 3, 6 and 7 flip x, and 3, 4, 7 and 8 flip y.
+    swaps_axes = orientation >= 5
+    x1, y1, x2, y2 = np.where(swaps_axes, boxes.T[[1, 0, 3, 2]], boxes.T)
+    flips_x = np.isin(orientation, (2, 3, 6, 7))
+    flips_y = np.isin(orientation, (3, 4, 7, 8))
+    left = np.where(flips_x, 1 - x2, x1)
+    right = np.where(flips_x, 1 - x1, x2)
+    top = np.where(flips_y, 1 - y2, y1)
+    bottom = np.where(flips_y, 1 - y1, y2)
+    return np.stack((left, top, right, bottom), axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +202,28 @@ class BoxFrame:
             round(y2 * scale_y, BOX_DECIMALS),
         )
 
+    def to_fractions(
+        self,
+        coordinates: Floats,
+        height: Floats,
+        width: Floats,
+        exif_orientation: NDArray[np.int_] | None = None,
+    ) -> Floats:
+        """Convert boxes [N, 4] of this frame to two corners, as fractions of their images.
+
+        Args:
+            height: Height of each image after EXIF rotation, [N].
+            exif_orientation: EXIF orientation of each image, [N], for a frame of stored images.
+        """
+        corners = to_corner_table(self.order, coordinates)
+        if self.base != "stored" or exif_orientation is None:
+            return divide_by_size(corners, *self.compute_size(height, width))
+        is_rotated = exif_orientation >= 5
+        stored_height = np.where(is_rotated, width, height)
+        stored_width = np.where(is_rotated, height, width)
+        stored = divide_by_size(corners, stored_height, stored_width)
+        return apply_exif_orientation(stored, exif_orientation)
+
 
 def _scale_sides(side: float) -> BoxFrame:
     """Return the frame of image sides that are scaled to a length."""
@@ -170,6 +237,10 @@ UNIT_FRAMES: dict[Unit, BoxFrame] = {
     "100": _scale_sides(100.0),
     "1000": _scale_sides(1000.0),
 }
+
+
+PIXELS = UNIT_FRAMES["pixel"]
+"""Frame of the boxes of samples: two corners in pixels of the original image."""
 
 
 @cache

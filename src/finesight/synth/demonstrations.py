@@ -9,7 +9,7 @@ from finesight.evaluate.environment import Environment, ResultBlock
 from finesight.evaluate.episode import derive_environment_seed
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.infer.prediction import box_to_dict
-from finesight.samples.frames import ImageSize
+from finesight.samples.frames import FRAME_1000, ImageSize
 from finesight.samples.sample import (
     ContentPart,
     ImagePart,
@@ -20,7 +20,7 @@ from finesight.samples.sample import (
     join_text,
     write_samples,
 )
-from finesight.synth.tool_task import FRAME_1000, ToolTask
+from finesight.synth.tool_task import ToolTask
 
 
 def write_demonstrations(

@@ -14,10 +14,10 @@ from finesight.evaluate.environments.gui.window import (
     WindowState,
 )
 from finesight.files.storage import write_folder
-from finesight.samples.frames import ImageSize, rescale, round_to_size
+from finesight.samples.frames import FRAME_1000, ImageSize, rescale, round_to_size
 from finesight.samples.sample import ToolCallPart, write_samples
 from finesight.synth.tickets import split_words
-from finesight.synth.tool_task import FRAME_1000, ToolTask, build_task_sample
+from finesight.synth.tool_task import ToolTask, build_task_sample
 
 FINAL_ANSWER = "Done."
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from finesight.files.storage import write_folder
-from finesight.samples.frames import Box, ImageSize, rescale, round_to_size
+from finesight.samples.frames import FRAME_1000, Box, ImageSize, rescale, round_to_size
 from finesight.samples.sample import ToolCallPart, write_samples
 from finesight.synth.tickets import BAND_COLORS, PAPER_COLORS, sample_pseudoword
-from finesight.synth.tool_task import FRAME_1000, ToolTask, build_task_sample
+from finesight.synth.tool_task import ToolTask, build_task_sample
 from finesight.vision.drawing import load_builtin_font
 
 IMAGE_SIDE = 1024

@@ -8,9 +8,6 @@ from typing import Any
 
 from finesight.samples.sample import ImagePart, Message, Sample, TextPart, ToolCallPart
 
-FRAME_1000 = (1000, 1000)
-"""Height and width of coordinates in thousandths of the image, as in most model families."""
-
 
 @dataclass(frozen=True)
 class ToolTask:

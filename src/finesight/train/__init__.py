@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: trainer, data loading, optimizers, checkpoints and the run directory."""
+"""Training: loop, data loading, objectives, optimizers, checkpoints and the run folder."""
 
 from finesight import make_callable
 

@@ -21,8 +21,8 @@ from finesight.ingest.check.box_hypothesis import (
     min_z_score,
     normalize_boxes,
     open_edge_contrast,
-    pairwise_iou,
 )
+from finesight.samples.boxes import pairwise_iou
 from finesight.samples.frames import BoxFrame
 from finesight.samples.image_file import CorruptImageError
 

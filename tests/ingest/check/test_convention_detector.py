@@ -21,8 +21,7 @@ from finesight.ingest.check.box_hypothesis import (
 )
 from finesight.ingest.check.check_issues import ISSUE_TYPES
 from finesight.ingest.check.convention_detector import find_convention_issues, find_frame
-from finesight.samples.boxes import BoxConvention
-from finesight.samples.frames import RESIZE_LIMITS, BoxFrame, smart_resize
+from finesight.samples.frames import RESIZE_LIMITS, BoxFrame, get_frame, smart_resize
 
 Coordinates = tuple[float, float, float, float]
 BoxTransform = Callable[[Coordinates, tuple[int, int]], Coordinates]
@@ -178,8 +177,7 @@ def test_pixels_of_the_resized_image_are_detected(objects: list[BoxClaim]) -> No
         (verdict,) = find_convention_issues(enlarged, open_image)
         assert verdict.options == "--box-units resized"
     thousandths = [
-        replace(claim, convention=BoxConvention(units="1000"))
-        for claim in scaled_images(objects, 20)
+        replace(claim, frame=get_frame("xyxy", "1000")) for claim in scaled_images(objects, 20)
     ]
     (verdict,) = find_convention_issues(thousandths, get_image_evidence)
     assert verdict.options == "--box-units resized"
@@ -236,16 +234,16 @@ def test_boxes_unrelated_to_images_raise_no_issue(objects):
 
 
 @pytest.mark.parametrize(
-    ("convention", "change", "code"),
+    ("declared", "change", "code"),
     [
-        (BoxConvention("xywh"), xywh, []),
-        (BoxConvention("xywh"), scaled_by(1.0), ["boxes-xyxy"]),
-        (BoxConvention("xyxy", "1000"), scaled_by(1.0), ["boxes-pixels"]),
+        (BoxFrame("xywh"), xywh, []),
+        (BoxFrame("xywh"), scaled_by(1.0), ["boxes-xyxy"]),
+        (get_frame("xyxy", "1000"), scaled_by(1.0), ["boxes-pixels"]),
     ],
 )
-def test_declared_box_format_is_the_reference(objects, convention, change, code):
+def test_declared_box_format_is_the_reference(objects, declared, change, code):
     claims = apply_convention(objects, change)
-    assert codes([replace(claim, convention=convention) for claim in claims]) == code
+    assert codes([replace(claim, frame=declared) for claim in claims]) == code
 
 
 def test_mixed_conventions_are_detected(objects: list[BoxClaim]) -> None:

@@ -20,7 +20,7 @@ from finesight.ingest.check.data_checker import (
 from finesight.ingest.check.image_catalog import MIN_PARALLEL_SAMPLES, ImageCatalog, open_executor
 from finesight.ingest.formats.dataset_format import RawBox
 from finesight.ingest.import_source import ImportOptions, UnvalidatedRow
-from finesight.samples.boxes import BoxConvention
+from finesight.samples.frames import PIXELS
 
 CASES = load_cases("data_checker")
 
@@ -72,7 +72,7 @@ def test_excess_boxes_are_subsampled_evenly(folder):
         list(album.process_groups([[path]], lambda group: group))
         claims = BoxClaimCollector(max_claims=100)
         for row in range(1000):
-            box = RawBox((float(row), 0.0, 1.0, 1.0), Path(path), BoxConvention())
+            box = RawBox((float(row), 0.0, 1.0, 1.0), Path(path), PIXELS)
             claims.add_row(UnvalidatedRow(f"line {row}", (), (box, box)), f"data:{row}", album)
     rows = sorted({int(claim.coordinates[0]) for claim in claims.claims})
     assert 20 <= len(rows) <= 50

@@ -8,13 +8,12 @@ from box_fixtures import summarize_content
 from case_files import load_cases
 from image_fixtures import write_gray_image
 
-from finesight.encode.family import ImageBox
 from finesight.errors import UserError
 from finesight.families.qwen2_5_vl.renderer import Qwen25VL
 from finesight.ingest.formats.conversation_rows import format_answer, parse_answer
 from finesight.ingest.formats.dataset_format import ImportContext, RowImages
 from finesight.ingest.image_resolver import ImageResolver
-from finesight.samples.boxes import BoxConvention
+from finesight.samples.frames import PIXELS, ImageSizes
 from finesight.samples.sample import BoxPart, ContentPart, TextPart, create_region
 from finesight.settings.config import PixelRange
 from finesight.vision.image_processing import compute_resized_size
@@ -42,18 +41,19 @@ def test_answers_of_qwen25_vl_are_in_resized_pixels(tmp_path: Path, size: tuple[
     frame = compute_resized_size(size, PixelRange(min_pixels=3136, max_pixels=12845056), 28)
     half_unit = max(side / resized for side, resized in zip(size, frame, strict=True)) / 2
     x, y = 0.1 * size[1], 0.2 * size[0]
-    point = ImageBox("a", (x, y, x, y), size, frame, is_point=True)
-    box = ImageBox("a", (x, y, 0.9 * size[1], 0.7 * size[0]), size, frame)
+    point = create_region((x, y, x, y), "a", is_point=True)
+    box = BoxPart(label="a", xyxy=(x, y, 0.9 * size[1], 0.7 * size[0]))
+    images = [ImageSizes(size, frame)]
     for segments in ([[box]], [[point]], ['{"polygon_2d": [', [point], "]}"]):
         context = ImportContext(ImageResolver(tmp_path, tmp_path / "out"), box_units="resized")
         scene = RowImages(context)
         scene.add_image(f"{size[0]}.png")
-        text = "".join(map(str, Qwen25VL().write_segments(segments)))
+        text = "".join(map(str, Qwen25VL().write_segments(segments, images)))
         found = [one.xyxy for one in parse_answer(text, scene) if isinstance(one, BoxPart)]
         expected = [one[0].xyxy for one in segments if not isinstance(one, str)]
         assert found == [pytest.approx(one, abs=half_unit + 1e-6) for one in expected], text
     with pytest.raises(UserError, match=r"units of resized.*outside its image") as caught:
-        scene.create_box([0, 0, frame[1] + 40, 9], "a", BoxConvention())
+        scene.create_box([0, 0, frame[1] + 40, 9], "a", PIXELS)
     assert "give --box-units pixel, 1, 100, 1000 or resized" in caught.value.remedy
 
 

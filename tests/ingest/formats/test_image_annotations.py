@@ -16,7 +16,8 @@ from finesight.ingest.formats.image_annotations import (
     simplify_outline,
     trace_mask,
 )
-from finesight.samples.boxes import BoxConvention, InvalidBoxError, find_bounds
+from finesight.samples.boxes import InvalidBoxError, find_bounds
+from finesight.samples.frames import PIXELS
 from finesight.samples.sample import LimitExceededError
 
 masks = arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9)))
@@ -73,7 +74,7 @@ def test_removed_corners_are_within_half_a_unit(count: int, size: tuple, seed: i
     angles = np.sort(rng.uniform(0, 2 * np.pi, count))
     radius = min(size) * rng.uniform(0.2, 0.201, count)
     outline = np.stack([np.cos(angles), np.sin(angles)], 1) * radius[:, None] + min(size) / 2
-    simple = np.array(simplify_outline(outline.tolist(), size, BoxConvention()))
+    simple = np.array(simplify_outline(outline.tolist(), size, PIXELS))
     assert {*map(tuple, simple)} <= {*map(tuple, outline)}
     unit = np.maximum([width, height], 1000) / [width, height]
     for corner in outline * unit:
@@ -89,7 +90,7 @@ def distance(point: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
 @pytest.mark.parametrize("outline", [[[0, 0], [1, 1]], [[0, 0], [1, float("nan")], [2, 2]], [1]])
 def test_invalid_outlines(outline: list) -> None:
     with pytest.raises(InvalidBoxError, match="three or more points"):
-        simplify_outline(outline, (9, 9), BoxConvention())
+        simplify_outline(outline, (9, 9), PIXELS)
 
 
 def test_invalid_masks() -> None:

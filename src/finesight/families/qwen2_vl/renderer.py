@@ -14,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.family import (
-    FRAME_1000,
-    ImageBox,
     ModelFamily,
     PromptPiece,
     SpecialToken,
 )
 from finesight.model_folder import ModelFolder
 from finesight.samples.boxes import find_offsets, iter_json_boxes, iter_json_values
-from finesight.samples.frames import ImageSize, rescale, round_to_size
+from finesight.samples.frames import FRAME_1000, ImageSize, ImageSizes, rescale, round_to_size
 from finesight.samples.sample import BoxPart, create_region
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
@@ -44,7 +42,9 @@ class Qwen2VL(ModelFamily):
     name: str = "qwen2_vl"
     box_tokens = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
-    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
+    def write_boxes(
+        self, boxes: Sequence[BoxPart], images: Sequence[ImageSizes]
+    ) -> list[PromptPiece]:
         """Format boxes with special tokens in thousandths of the image size (section 2.2.1).
 
         A point is a single pair, as in UI-TARS and ms-swift.
@@ -54,7 +54,8 @@ class Qwen2VL(ModelFamily):
         for box in boxes:
             if box.label is not None:
                 pieces += [ref, box.label, ref_end]
-            corners = round_to_size(rescale(box.xyxy, box.original_size, FRAME_1000), FRAME_1000)
+            original_size = images[box.image].original
+            corners = round_to_size(rescale(box.xyxy, original_size, FRAME_1000), FRAME_1000)
             x1, y1, x2, y2 = (min(corner, self.max_box_coordinate) for corner in corners)
             second = "" if box.is_point else f",({x2},{y2})"
             pieces += [start, f"({x1},{y1}){second}", end]

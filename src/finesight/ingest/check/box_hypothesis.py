@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finesight.samples.boxes import MAX_DISTANCE, MAX_OVERHANG_PX, BoxConvention
-from finesight.samples.frames import BoxFrame, Order, to_corners
+from finesight.samples.boxes import MAX_OVERHANG_PX
+from finesight.samples.frames import PIXELS, BoxFrame, Floats
 from finesight.samples.image_file import CorruptImageError, check_scans, open_image_header
 from finesight.vision.image_processing import load_image
 
-Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 EDGE_TOLERANCE = 0.003
@@ -34,12 +33,10 @@ EDGE_TOLERANCE = 0.003
 One pixel is allowed in addition for rounding.
 """
 
-DEFAULT_CONVENTION = BoxConvention()
-
 
 @dataclass(frozen=True, slots=True)
 class BoxClaim:
-    """A box as stored in a data file, whose declared convention may be wrong.
+    """A box as stored in a data file, whose declared frame may be wrong.
 
     Attributes:
         image_size: Height and width of the image in pixels after EXIF rotation.
@@ -52,7 +49,7 @@ class BoxClaim:
     image_size: tuple[int, int]
     orientation: int
     coordinates: tuple[float, float, float, float]
-    convention: BoxConvention = DEFAULT_CONVENTION
+    frame: BoxFrame = PIXELS
 
 
 class BoxClaimTable:
@@ -62,7 +59,7 @@ class BoxClaimTable:
     """
 
     def __init__(self, claims: Sequence[BoxClaim]) -> None:
-        self.convention = claims[0].convention
+        self.frame = claims[0].frame
         self.coordinates = np.array([claim.coordinates for claim in claims], np.float64)
         self.height, self.width = np.array([claim.image_size for claim in claims], np.float64).T
         self.exif_orientation = np.array([claim.orientation for claim in claims])
@@ -88,47 +85,9 @@ def normalize_boxes(frame: BoxFrame, claims: BoxClaimTable) -> Floats:
     Returns:
         Two corners per box [N, 4], as fractions of the image after EXIF rotation.
     """
-    corners = to_corner_table(frame.order, claims.coordinates)
-    if frame.base != "stored":
-        return divide_by_size(corners, *frame.compute_size(claims.height, claims.width))
-    is_rotated = claims.exif_orientation >= 5
-    stored_height = np.where(is_rotated, claims.width, claims.height)
-    stored_width = np.where(is_rotated, claims.height, claims.width)
-    return apply_exif_orientation(
-        divide_by_size(corners, stored_height, stored_width), claims.exif_orientation
+    return frame.to_fractions(
+        claims.coordinates, claims.height, claims.width, claims.exif_orientation
     )
-
-
-def divide_by_size(corners: Floats, height: Floats | float, width: Floats | float) -> Floats:
-    """Divide the corners of boxes [N, 4] by the size of their images [N]."""
-    sides: Floats = np.stack(np.broadcast_arrays(width, height, width, height), axis=-1)
-    return corners / sides
-
-
-def to_corner_table(order: Order, coordinates: Floats) -> Floats:
-    """Convert boxes [..., 4] in an order to two corners in the same units."""
-    corners: Floats = np.stack(to_corners(order, np.moveaxis(coordinates, -1, 0)), axis=-1)
-    return corners
-
-
-def apply_exif_orientation(boxes: Floats, orientation: NDArray[np.int_]) -> Floats:
-    """Rotate boxes of stored images by the EXIF orientation (Exif 2.32, tag 0x0112).
-
-    Args:
-        boxes: Normalized corners in the stored image, [N, 4].
-        orientation: EXIF orientation of each image, [N].
-    """
-    x1, y1, x2, y2 = boxes.T
-    # Orientations 5 to 8 swap the axes. Afterwards, 2, 3, 6 and 7 flip x, and 3, 4, 7 and 8 flip y.
-    swap = orientation >= 5
-    x1, y1, x2, y2 = (
-        np.where(swap, swapped, other)
-        for swapped, other in ((y1, x1), (x1, y1), (y2, x2), (x2, y2))
-    )
-    right, below = np.isin(orientation, (2, 3, 6, 7)), np.isin(orientation, (3, 4, 7, 8))
-    x1, x2 = np.where(right, 1 - x2, x1), np.where(right, 1 - x1, x2)
-    y1, y2 = np.where(below, 1 - y2, y1), np.where(below, 1 - y1, y2)
-    return np.stack((x1, y1, x2, y2), axis=1)
 
 
 def find_inverted_boxes(boxes: Floats) -> Bools:
@@ -148,28 +107,11 @@ def find_invalid_boxes(boxes: Floats, claims: BoxClaimTable) -> Bools:
     is_outside = ((boxes < -tolerance) | (boxes > 1 + tolerance)).any(axis=1)
     pixels = boxes * sides
     starts, ends = claims.coordinates[:, :2], claims.coordinates[:, 2:]
-    is_point = (starts == ends).all(axis=1) & (claims.convention.format in ("xyxy", "yxyx"))
+    is_point = (starts == ends).all(axis=1) & (claims.frame.order in ("xyxy", "yxyx"))
     is_tiny = (pixels[:, 2:] - pixels[:, :2] * ~is_point[:, None] < 1).all(axis=1)
     is_inverted = np.where(is_point, boxes[:, 0] != boxes[:, 2], find_inverted_boxes(boxes))
     found: Bools = is_inverted | is_outside | is_tiny
     return found
-
-
-def pairwise_iou(boxes: Floats, other_boxes: Floats) -> Floats:
-    """Compute the intersection over union [N] of corresponding boxes in two arrays [N, 4]."""
-    top_left = np.maximum(boxes[:, :2], other_boxes[:, :2])
-    bottom_right = np.minimum(boxes[:, 2:], other_boxes[:, 2:])
-    intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=1)
-    areas = [np.clip(box[:, 2:] - box[:, :2], 0, None).prod(axis=1) for box in (boxes, other_boxes)]
-    ious: Floats = intersection / np.maximum(areas[0] + areas[1] - intersection, 1e-12)
-    return ious
-
-
-def pairwise_overlap(boxes: Floats, references: Floats) -> Floats:
-    """Compute the IoU [N] of normalized boxes; a point has the size of `MAX_DISTANCE`."""
-    is_point = (references[:, :2] == references[:, 2:]).all(axis=1, keepdims=True)
-    margins = is_point * np.array([-MAX_DISTANCE, -MAX_DISTANCE, MAX_DISTANCE, MAX_DISTANCE])
-    return pairwise_iou(boxes + margins, references + margins)
 
 
 MAX_SIDE = 448

@@ -46,22 +46,29 @@ from finesight.ingest.check.box_hypothesis import (
     Bools,
     BoxClaim,
     BoxClaimTable,
-    Floats,
     ImageEvidence,
     ImageOpener,
-    divide_by_size,
     find_invalid_boxes,
     find_inverted_boxes,
     hoeffding_bound,
     min_z_score,
     normalize_boxes,
     open_edge_contrast,
-    pairwise_iou,
-    to_corner_table,
 )
 from finesight.ingest.check.check_issues import CheckIssue
-from finesight.samples.boxes import BoxConvention
-from finesight.samples.frames import ORDERS, BoxFrame, Order, Unit, get_reference_side
+from finesight.samples.boxes import pairwise_iou
+from finesight.samples.frames import (
+    ORDERS,
+    PIXELS,
+    UNIT_FRAMES,
+    BoxFrame,
+    Floats,
+    Order,
+    Unit,
+    divide_by_size,
+    get_reference_side,
+    to_corner_table,
+)
 
 MIN_SCORE_DIFF = 2.0
 """Minimum difference of image scores with which a sample favors one of two hypotheses."""
@@ -72,7 +79,7 @@ _FORMAT_NAMES = {
     "cxcywh": "a center and a size (x, y, width, height)",
     "yxyx": "two corners with y first (y1, x1, y2, x2)",
 }
-_UNIT_NAMES: dict[Unit, str] = {
+_UNIT_NAMES: dict[Unit | None, str] = {
     "pixel": "pixels",
     "resized": "pixels of the image as Qwen2.5-VL resizes it",
     "1": "fractions of the image",
@@ -151,10 +158,8 @@ class HypothesisComparison:
         self.num_invalid = claims.count_samples(declared_invalid)
         self.num_alternative_invalid = claims.count_samples(alternative_invalid)
         self.undecided_fraction = 1 - self.num_invalid / self.total
-        convention = claims.convention
-        self.declared_name = (
-            f"{_FORMAT_NAMES[convention.format]} in {_UNIT_NAMES[convention.units]}"
-        )
+        declared_form = _FORMAT_NAMES[declared.order]
+        self.declared_name = f"{declared_form} in {_UNIT_NAMES[declared.unit]}"
         self.p_value_text, self.votes = "", ""
         self.image_lines: list[str] = []
         if evidence is not None:
@@ -251,10 +256,10 @@ class HypothesisComparison:
 
     def _describe_alternative(self) -> tuple[str, str, str, str]:
         """Return issue code, description, command-line options and manual steps."""
-        convention, frame = self.claims.convention, self.alternative
+        declared, frame = self.claims.frame, self.alternative
         box_format = frame.order
         form = _FORMAT_NAMES[box_format]
-        option = "" if box_format == convention.format else f"--box-format {box_format}"
+        option = "" if box_format == declared.order else f"--box-format {box_format}"
         if frame.base == "stored":
             return (
                 "boxes-before-exif-rotation",
@@ -274,7 +279,7 @@ class HypothesisComparison:
                 " images",
             )
         description = f"{form} in {_UNIT_NAMES[units]}"
-        if units == convention.units:
+        if units == declared.unit:
             return f"boxes-{box_format}", description, option, ""
         options = f"{option} --box-units {units}".strip()
         return f"boxes-{_UNIT_CODES[units]}", description, options, ""
@@ -497,20 +502,20 @@ def find_convention_issues(
     """
     issues: list[ConventionIssue] = []
     usable = [claim for claim in claims if np.isfinite(claim.coordinates).all()]
-    for convention in dict.fromkeys(claim.convention for claim in usable):
-        group = [claim for claim in usable if claim.convention == convention]
+    for declared in dict.fromkeys(claim.frame for claim in usable):
+        group = [claim for claim in usable if claim.frame == declared]
         # Images with EXIF rotation are tested first and separately, because other images carry no
         # information about it.
         rotated = [claim for claim in group if claim.orientation != 1]
-        if convention.units == "pixel" and has_enough_samples(rotated):
+        if declared.base == "image" and has_enough_samples(rotated):
             detector = ConventionDetector(BoxClaimTable(rotated), open_image)
-            stored = BoxFrame(convention.format, "stored")
+            stored = BoxFrame(declared.order, "stored")
             if issue := detector.detect([stored], search_frames=False):
                 issues.append(issue)
                 group = [claim for claim in group if claim.orientation == 1]
         if has_enough_samples(group):
             detector = ConventionDetector(BoxClaimTable(group), open_image)
-            search_frames = convention.units == "pixel"
+            search_frames = declared.base == "image"
             if issue := detector.detect(detector.list_alternatives(), search_frames=search_frames):
                 issues.append(issue)
     return issues
@@ -526,7 +531,7 @@ class ConventionDetector:
 
     def __init__(self, claims: BoxClaimTable, open_image: ImageOpener | None) -> None:
         self.claims = claims
-        self.declared = claims.convention.frame
+        self.declared = claims.frame
         evidence = ImageEvidence(claims, open_image) if open_image is not None else None
         self._evidence = evidence if evidence is not None and evidence.is_sufficient else None
         self._scores: dict[BoxFrame, Floats] = {}
@@ -538,14 +543,17 @@ class ConventionDetector:
 
         Pixels of the resized image are omitted if few images are enlarged or reduced.
         """
-        declared = self.claims.convention
-        resized = BoxFrame(base="resized")
-        units = list(dict.fromkeys((declared.units, *BOX_UNITS)))
-        if not self._is_same(resized, BoxFrame()) and "resized" not in units:
-            units.append("resized")
-        box_formats = sorted(ORDERS, key=lambda box_format: box_format != declared.format)
-        combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
-        return [one.frame for one in combinations if one != declared]
+        declared = self.declared
+        frames = [replace(declared, order="xyxy"), *(UNIT_FRAMES[unit] for unit in BOX_UNITS)]
+        resized = UNIT_FRAMES["resized"]
+        if not self._is_same(resized, PIXELS):
+            frames.append(resized)
+        orders = sorted(ORDERS, key=lambda order: order != declared.order)
+        alternatives = []
+        for frame in dict.fromkeys(frames):
+            alternatives += [replace(frame, order=order) for order in orders]
+        alternatives.remove(declared)
+        return alternatives
 
     def detect(
         self, alternatives: Sequence[BoxFrame], *, search_frames: bool

@@ -64,13 +64,9 @@ from finesight.ingest.presets import with_preset
 from finesight.ingest.row_reader import is_tar_file, is_webdataset
 from finesight.model_folder import ModelFolder
 from finesight.report.histogram_counts import count_half_octaves
-from finesight.samples.boxes import (
-    COORDINATE_REMEDIES,
-    BoxConvention,
-    TextCoordinates,
-    find_number_lists,
-)
+from finesight.samples.boxes import COORDINATE_REMEDIES, TextCoordinates, find_number_lists
 from finesight.samples.corpus import PACKED_SUFFIXES
+from finesight.samples.frames import PIXELS
 from finesight.samples.sample import (
     BoxPart,
     ImagePart,
@@ -478,7 +474,7 @@ class BoxClaimCollector:
             image = catalog[str(box.image_path)]
             if image.issue_code is None:
                 key = location, sample_id, box.image_path, image.size, image.exif_orientation
-                self.claims.append(BoxClaim(*key, box.coordinates, box.convention))
+                self.claims.append(BoxClaim(*key, box.coordinates, box.frame))
         if len(self.claims) > self._max_claims:
             self._step *= 2
             locations = list(dict.fromkeys(claim.location for claim in self.claims))
@@ -492,7 +488,7 @@ def _list_text_boxes(sample: Sample) -> list[RawBox]:
     if len(images) != 1:
         return []
     lists = find_number_lists(join_text(sample.messages[-1].content, "\n"))
-    return [RawBox((a, b, c, d), Path(images[0]), BoxConvention()) for a, b, c, d in lists]
+    return [RawBox((a, b, c, d), Path(images[0]), PIXELS) for a, b, c, d in lists]
 
 
 def _open_source(check_input: CheckInput, output_folder: Path) -> UnvalidatedSource:

@@ -16,8 +16,8 @@ from finesight.ingest.check.check_issues import (
     issue_from_error,
 )
 from finesight.ingest.check.image_catalog import ImageCatalog
-from finesight.samples.boxes import BoxConvention, clip_box, is_inside_image, sort_corners
-from finesight.samples.frames import Box
+from finesight.samples.boxes import clip_box, is_inside_image, sort_corners
+from finesight.samples.frames import Box, BoxFrame
 from finesight.samples.sample import (
     BoxPart,
     ImagePart,
@@ -75,7 +75,7 @@ def correct_order(xyxy: Box, size: tuple[int, int]) -> Box | None:
     It is ambiguous if the sorted corners are outside the image, or if the values could be a corner
     or center with width and height.
     """
-    others = (BoxConvention(one).to_pixels(xyxy, size) for one in ("xywh", "cxcywh"))
+    others = (BoxFrame(one).to_pixels(xyxy, size) for one in ("xywh", "cxcywh"))
     is_ambiguous = any(is_inside_image(other, size, is_point=True) for other in others)
     sorted_box = sort_corners(xyxy)
     return sorted_box if is_inside_image(sorted_box, size, 0) and not is_ambiguous else None

@@ -49,15 +49,11 @@ from finesight.ingest.formats.image_annotations import (
 from finesight.ingest.formats.json_annotations import read_document
 from finesight.ingest.formats.row_keys import count_keys
 from finesight.ingest.row_reader import Record, RowReader, SourceRow, rows_from_items
-from finesight.samples.boxes import (
-    BoxConvention,
-    InvalidBoxError,
-    find_bounds,
-    translate_shape_errors,
-)
+from finesight.samples.boxes import InvalidBoxError, find_bounds, translate_shape_errors
+from finesight.samples.frames import BoxFrame
 from finesight.samples.sample import MAX_BOXES, LocatedSample, count_ids
 
-COCO_BOX_CONVENTION = BoxConvention(format="xywh")
+COCO_FRAME = BoxFrame("xywh")
 _LIST_KEYS = ("images", "annotations", "categories")
 _IMAGE_KEYS = ("id", "file_name", "width", "height", "license")
 _ANNOTATION_KEYS = (
@@ -171,7 +167,7 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     size: Any = (image.get("height"), image.get("width"))
     if sizes and not all(isinstance(side, int) for side in size):
         size = (*sizes[0], None, None)[:2]
-    is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
+    is_coco = context.resolve_frame(COCO_FRAME) == COCO_FRAME
     objects = [
         ObjectAnnotation(
             _get_class_name(one, names),
@@ -183,7 +179,7 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     ]
     path = row.record["path"]
     return build_detection_examples(
-        row, context, COCO_BOX_CONVENTION, path, objects, declared_size=size, meta=meta
+        row, context, COCO_FRAME, path, objects, declared_size=size, meta=meta
     )
 
 

@@ -54,13 +54,13 @@ from finesight.ingest.row_reader import Record, SourceRow
 from finesight.samples.boxes import (
     BOX_KEY,
     POINT_KEY,
-    BoxConvention,
     TextBox,
     has_json_boxes,
     split_at_boxes,
     split_at_text_boxes,
     strip_code_fences,
 )
+from finesight.samples.frames import PIXELS, BoxFrame, get_frame
 from finesight.samples.image_file import is_image_value
 from finesight.samples.sample import (
     MAX_BOXES,
@@ -136,7 +136,7 @@ _TURN_PAIRS = (
 )
 """Keys of a question and its answer, then those of further texts."""
 
-_OBJECT_CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
+_OBJECT_FRAMES = {"real": PIXELS, "norm1": get_frame("xyxy", "1")}
 _OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
 
 TURN_KEYS = frozenset(("system", *itertools.chain(*_TURN_LISTS, *_TURN_PAIRS)))
@@ -382,7 +382,7 @@ class ObjectQueue:
 
     refs: Iterator[object]
     boxes: Iterator[tuple[object, int]]
-    convention: BoxConvention
+    frame: BoxFrame
 
     @classmethod
     def from_value(cls, value: object, context: ImportContext) -> ObjectQueue:
@@ -390,7 +390,7 @@ class ObjectQueue:
         objects: dict[str, Any] = value if isinstance(value, dict) else {}
         bbox_type = objects.get("bbox_type") or "real"
         unknown = objects.keys() - {*_OBJECT_KEYS, "width", "height"}
-        is_known = isinstance(bbox_type, str) and bbox_type in _OBJECT_CONVENTIONS
+        is_known = isinstance(bbox_type, str) and bbox_type in _OBJECT_FRAMES
         if unknown or not is_known or (has_value(value) and not objects):
             remedy = "correct the row"
             if isinstance(value, list):  # ms-swift 2
@@ -415,7 +415,7 @@ class ObjectQueue:
                 "a 0-based image index for each box",
             )
         located_boxes = zip(boxes, valid_ids, strict=True)
-        return cls(iter(as_list(objects.get("ref"))), located_boxes, _OBJECT_CONVENTIONS[bbox_type])
+        return cls(iter(as_list(objects.get("ref"))), located_boxes, _OBJECT_FRAMES[bbox_type])
 
     def iter_parts(self, placeholder: re.Match[str], images: RowImages) -> Iterator[ContentPart]:
         """Yield the reference, or the boxes, that a placeholder stands for."""
@@ -438,7 +438,7 @@ class ObjectQueue:
                     f"{placeholder[0]!r} without a box",
                     "a box under objects.bbox for each `<bbox>`",
                 )
-            yield images.create_box(value, label, self.convention, image_index)
+            yield images.create_box(value, label, self.frame, image_index)
 
 
 def build_turns_example(

@@ -42,12 +42,8 @@ from finesight.ingest.formats.row_keys import count_keys
 from finesight.ingest.formats.xml_annotations import parse_xml
 from finesight.ingest.image_resolver import IMAGES_FOLDER
 from finesight.ingest.row_reader import SNIFF_BYTES, RowReader, SourceRow, rows_from_items
-from finesight.samples.boxes import (
-    BoxConvention,
-    find_bounds,
-    rotate_rectangle,
-    translate_shape_errors,
-)
+from finesight.samples.boxes import find_bounds, rotate_rectangle, translate_shape_errors
+from finesight.samples.frames import PIXELS
 from finesight.samples.sample import LocatedSample, read_data_file
 
 CORNERS = ("xtl", "ytl", "xbr", "ybr")
@@ -135,9 +131,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
     size = image.get("height"), image.get("width")
     path = row.record["path"]
-    return build_detection_examples(
-        row, context, BoxConvention(), path, objects, declared_size=size
-    )
+    return build_detection_examples(row, context, PIXELS, path, objects, declared_size=size)
 
 
 def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

@@ -27,7 +27,6 @@ from finesight.ingest.image_resolver import ImageResolver
 from finesight.ingest.row_reader import Record, RowReader, SourceRow
 from finesight.plugins import PluginKind
 from finesight.samples.boxes import (
-    BoxConvention,
     InvalidBoxError,
     StrayBoxError,
     TextBox,
@@ -35,7 +34,7 @@ from finesight.samples.boxes import (
     clip_to_image,
     parse_coordinates,
 )
-from finesight.samples.frames import Box, Order, Unit
+from finesight.samples.frames import PIXELS, Box, BoxFrame, Order, Unit, get_frame
 from finesight.samples.sample import (
     MAX_BOXES,
     BoxPart,
@@ -220,11 +219,11 @@ class PlaceholderCountError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class RawBox:
-    """A box with its coordinates as stored in the source, and their declared convention."""
+    """A box with its coordinates as stored in the source, and the declared frame."""
 
     coordinates: Box
     image_path: Path
-    convention: BoxConvention
+    frame: BoxFrame
 
 
 _OBJECT_REF = re.compile(
@@ -287,36 +286,39 @@ class ImportContext:
         """Counts of shapes that questions about boxes or polygons do not represent."""
         return Counter() if self.box_task == "points" else self.row_notes
 
-    def resolve_convention(self, default: BoxConvention) -> BoxConvention:
-        """Return the box convention of the user options, else that of the dataset format."""
-        return BoxConvention(self.box_format or default.format, self.box_units or default.units)
+    def resolve_frame(self, default: BoxFrame) -> BoxFrame:
+        """Return the frame that the user gives, else that of the dataset format."""
+        order = self.box_format or default.order
+        if self.box_units is None:
+            return replace(default, order=order)
+        return get_frame(order, self.box_units)
 
-    def read_box(self, value: object, image_path: Path, default: BoxConvention) -> Box:
+    def read_box(self, value: object, image_path: Path, default: BoxFrame) -> Box:
         """Convert the coordinates of a row to two corners in pixels, equal for a point.
 
         Raises:
             InvalidBoxError: The value is not a box, or the box is not inside the image; see
                 `clip_to_image`. A lenient import accepts a box outside the image.
         """
-        convention = self.resolve_convention(default)
+        frame = self.resolve_frame(default)
         coordinates = parse_coordinates(value)
         is_point = len(coordinates) == 2
         if is_point:
             # `--box-format` is the order of boxes; a mapping states that of its points.
-            order: Order = "yxyx" if default.format == "yxyx" else "xyxy"
-            convention = replace(convention, format=order)
+            order: Order = "yxyx" if default.order == "yxyx" else "xyxy"
+            frame = replace(frame, order=order)
         a, b, c, d = (*coordinates, *coordinates)[:4]
-        self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention))
-        if self.lenient and convention.units == "pixel":
-            return convention.to_pixels((a, b, c, d), (0, 0))
+        self.raw_boxes.append(RawBox((a, b, c, d), image_path, frame))
+        if self.lenient and frame.base == "image":
+            return frame.to_pixels((a, b, c, d), (0, 0))
         image_size = self.images.image_size(image_path)
-        pixel_box = convention.to_pixels((a, b, c, d), image_size)
+        pixel_box = frame.to_pixels((a, b, c, d), image_size)
         if self.lenient:
             return pixel_box
         try:
             is_corner = is_point and self.box_task == "polygons"
             clipped_box = clip_to_image(
-                pixel_box, image_size, convention, is_point=is_point, is_corner=is_corner
+                pixel_box, image_size, frame, is_point=is_point, is_corner=is_corner
             )
         except InvalidBoxError as error:
             inner_box, note = clip_box(pixel_box, image_size, is_point=is_point), NOTE_CLIPPED_BOX
@@ -384,7 +386,7 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
     def fitted(part: ContentPart) -> ContentPart:
         if not isinstance(part, BoxPart) or part.image >= len(images):
             return part
-        xyxy = context.read_box(list_coordinates(part), images[part.image], BoxConvention())
+        xyxy = context.read_box(list_coordinates(part), images[part.image], PIXELS)
         return part.model_copy(update={"xyxy": xyxy})
 
     sample = sample.with_parts(fitted)
@@ -425,7 +427,7 @@ class RowImages:
         self,
         value: object,
         label: str | None,
-        default: BoxConvention,
+        default: BoxFrame,
         image_index: int | None = None,
     ) -> BoxPart:
         """Create a box part from four coordinates, or a point part from two.
@@ -458,12 +460,12 @@ class RowImages:
         context = self.context
         if context.box_format is None and context.box_units is None:
             return None
-        frame = context.resolve_convention(BoxConvention()).frame
+        frame = context.resolve_frame(PIXELS)
         height, width = frame.compute_size(*context.images.image_size(self.paths[-1]))
         return width, height
 
     def create_valid_box(
-        self, value: object, label: str | None, default: BoxConvention, *, is_text: bool = False
+        self, value: object, label: str | None, default: BoxFrame, *, is_text: bool = False
     ) -> BoxPart | InvalidBoxError:
         """Create a box part, or return the error of an invalid box that the import drops.
 
@@ -508,9 +510,9 @@ class RowImages:
             )
         note = NOTE_THOUSANDTHS if box.is_tagged else NOTE_PIXELS
         self.context.row_notes[note] += self.context.box_units is None
-        convention = BoxConvention(units="1000" if box.is_tagged else "pixel")
+        frame = get_frame("xyxy", "1000") if box.is_tagged else PIXELS
         try:
-            return self.create_box(*box[:2], convention)
+            return self.create_box(*box[:2], frame)
         except InvalidBoxError as error:
             if self.context.on_invalid_box != "drop":
                 raise
@@ -523,7 +525,7 @@ class RowImages:
             InvalidBoxError: A box is invalid, and the import does not drop it, it may mark an
                 object, or no other is left.
         """
-        found = [self.create_valid_box(*box[:2], BoxConvention(), is_text=True) for box in values]
+        found = [self.create_valid_box(*box[:2], PIXELS, is_text=True) for box in values]
         boxes = [one for one in found if isinstance(one, BoxPart)]
         errors = [one for one in found if isinstance(one, InvalidBoxError)]
         for error in errors:

@@ -34,11 +34,11 @@ from finesight.ingest.formats.image_annotations import (
 from finesight.ingest.formats.json_annotations import read_document
 from finesight.ingest.formats.row_keys import count_keys
 from finesight.ingest.row_reader import RowReader, SourceRow, rows_from_items
-from finesight.samples.boxes import BoxConvention
+from finesight.samples.frames import get_frame
 
 LABELS_FILE, MANIFEST_FILE, DATA_FOLDER = "labels.json", "data.json", "data"
 _ITEM_KEYS = ("label", "bounding_box", "attributes")
-FIFTYONE_BOX_CONVENTION = BoxConvention(format="xywh", units="1")
+FIFTYONE_FRAME = get_frame("xywh", "1")
 REASON_NO_LABEL = "images without a label"
 
 
@@ -104,7 +104,7 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
             kind = f"boxes of {len(box)} values" if box else "labels without a box"
             box = enclose_shape(kind, None, context)
         objects.append(ObjectAnnotation(label, box, attributes=attributes))
-    return build_detection_examples(row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects)
+    return build_detection_examples(row, context, FIFTYONE_FRAME, record["path"], objects)
 
 
 def _get_label(item: object, classes: Sequence[object]) -> str | None:

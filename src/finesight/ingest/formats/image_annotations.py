@@ -49,14 +49,13 @@ from finesight.ingest.formats.dataset_format import (
 from finesight.ingest.row_reader import Record, SourceRow
 from finesight.samples.boxes import (
     POLYGON_KEY,
-    BoxConvention,
     InvalidBoxError,
     StrayBoxError,
     find_bounds,
     translate_shape_errors,
 )
 from finesight.samples.default_prompts import NO_OBJECTS_ANSWER, build_class_prompt
-from finesight.samples.frames import BOX_DECIMALS, Box, ImageSize
+from finesight.samples.frames import BOX_DECIMALS, Box, BoxFrame, ImageSize
 from finesight.samples.image_file import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_PIXELS,
@@ -303,7 +302,7 @@ def enclose_mask(mask_HW: BoolMask) -> Outlines:
 
 
 def simplify_outline(
-    outline: Sequence[Sequence[Any]], image_size: ImageSize, convention: BoxConvention
+    outline: Sequence[Sequence[Any]], image_size: ImageSize, frame: BoxFrame
 ) -> list[list[float]]:
     """Remove corners within half a unit of the simplified outline (Ramer-Douglas-Peucker).
 
@@ -322,7 +321,7 @@ def simplify_outline(
     if len(points_N2) < 3:
         what, remedy = f"the polygon {str(outline)[:80]}", "correct the shape, or remove it"
         raise StrayBoxError(what, expected=expected, remedy=remedy)
-    height, width = convention.frame.compute_size(*image_size)
+    height, width = frame.compute_size(*image_size)
     scaled = points_N2 * np.maximum(sides, 1000) / (width, height)
     ring = np.concatenate([scaled, scaled[:1]])
     farthest = int(np.argmax(np.hypot(*(ring - ring[0]).T)))
@@ -376,7 +375,7 @@ class ObjectAnnotation:
     """An annotated object with its class name and box.
 
     Attributes:
-        coordinates: Box in the convention of the format; None if the object has no box.
+        coordinates: Box in the frame of the format; None if the object has no box.
         outlines: Outlines of the object, for `--box-task polygons`.
         attributes: Further properties such as `difficult`, stored in the metadata of the sample.
         points: Points and keypoints of the object with their names, for `--box-task points`.
@@ -399,7 +398,7 @@ def _note_numbered_classes(class_names: Sequence[str], context: ImportContext) -
 def build_detection_examples(
     row: SourceRow,
     context: ImportContext,
-    default_convention: BoxConvention,
+    default_frame: BoxFrame,
     image: object,
     objects: Sequence[ObjectAnnotation],
     *,
@@ -448,7 +447,7 @@ def build_detection_examples(
         outlines = [one.outlines for one in objects]
         context.row_notes[NOTE_PARTS] += sum(max(0, len(one.polygons) - 1) for one in outlines)
         context.row_notes[NOTE_HOLES] += sum(one.num_holes for one in outlines)
-    located, omitted = _locate_objects(objects, images, context, default_convention)
+    located, omitted = _locate_objects(objects, images, context, default_frame)
     kept = [one for one in located if one.parts[0].label not in omitted]
     template = default_prompt if context.prompt is None else context.prompt
     has_class_list = "{labels}" in template
@@ -505,7 +504,7 @@ def _locate_objects(
     objects: Sequence[ObjectAnnotation],
     images: RowImages,
     context: ImportContext,
-    convention: BoxConvention,
+    frame: BoxFrame,
 ) -> tuple[list[LocatedObject], set[str]]:
     """Return the boxes or outlines of objects, and the labels of objects without one.
 
@@ -522,7 +521,7 @@ def _locate_objects(
             regions = outlines
             for polygon in obj.outlines.polygons:
                 size = context.images.image_size(images.paths[-1])
-                resolved = context.resolve_convention(convention)
+                resolved = context.resolve_frame(frame)
                 try:
                     outlines.append(simplify_outline(polygon, size, resolved))
                 except StrayBoxError as error:
@@ -533,13 +532,13 @@ def _locate_objects(
             parts: list[BoxPart] = []
             num_notes = len(context.invalid_boxes)
             for coordinates in region:
-                part = images.create_valid_box(coordinates, obj.label, convention)
+                part = images.create_valid_box(coordinates, obj.label, frame)
                 if not isinstance(part, BoxPart):
                     (stray if isinstance(part, StrayBoxError) else omitted).add(obj.label)
                     break
                 parts.append(part)
             else:
-                problem = _check_outline(parts, obj, context, convention)
+                problem = _check_outline(parts, obj, context, frame)
                 if problem is None:
                     located.append(LocatedObject(parts, obj.attributes))
                     continue
@@ -554,7 +553,7 @@ def _check_outline(
     parts: Sequence[BoxPart],
     obj: ObjectAnnotation,
     context: ImportContext,
-    convention: BoxConvention,
+    frame: BoxFrame,
 ) -> InvalidBoxError | None:
     """Return the error of an outline without area, or that is probably in fractions of the image.
 
@@ -563,7 +562,7 @@ def _check_outline(
     if context.box_task != "polygons":
         return None
     corners_N2 = np.array([part.xyxy[:2] for part in parts])
-    is_pixel = context.resolve_convention(convention).units == "pixel"
+    is_pixel = context.resolve_frame(frame).base == "image"
     is_fraction = is_pixel and corners_N2.max() <= 1 and bool((corners_N2 % 1).any())
     what = f"the polygon {str(corners_N2.tolist())[:80]} in pixels"
     remedy = "correct the shape, or remove it"

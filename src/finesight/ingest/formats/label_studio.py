@@ -63,13 +63,12 @@ from finesight.ingest.formats.row_keys import count_keys
 from finesight.ingest.formats.xml_annotations import parse_xml
 from finesight.ingest.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.samples.boxes import (
-    BoxConvention,
     InvalidBoxError,
     find_bounds,
     rotate_rectangle,
     translate_shape_errors,
 )
-from finesight.samples.frames import Box, ImageSize
+from finesight.samples.frames import Box, ImageSize, get_frame
 from finesight.samples.image_file import is_image_value
 from finesight.samples.sample import LocatedSample
 
@@ -80,7 +79,7 @@ FIELDS_PROMPT = "Read these fields of the image as JSON: {labels}."
 """Default question about several controls; `--prompt` overrides it."""
 
 LOCAL_FILES_PATH, UPLOAD_PATH = "/data/local-files/", "/data/upload/"
-BOX_CONVENTION = BoxConvention(format="xywh", units="1")
+BOX_FRAME = get_frame("xywh", "1")
 _RESULT_USED_KEYS = (
     "id",
     "type",
@@ -250,7 +249,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         return build_detection_examples(
             row,
             context,
-            BOX_CONVENTION,
+            BOX_FRAME,
             row.record["image"],
             objects,
             declared_size=declared.pop() if len(declared) == 1 else (None, None),

@@ -50,7 +50,8 @@ from finesight.ingest.formats.image_annotations import (
 )
 from finesight.ingest.formats.row_keys import ROWS, count_keys, has_value, sort_keys
 from finesight.ingest.row_reader import Record, RowReader, SourceRow
-from finesight.samples.boxes import BoxConvention, find_bounds, translate_shape_errors
+from finesight.samples.boxes import find_bounds, translate_shape_errors
+from finesight.samples.frames import PIXELS
 from finesight.samples.image_file import MAX_IMAGE_PIXELS
 from finesight.samples.line_index import MAX_LINE_BYTES
 from finesight.samples.sample import Message, check_json, read_data_file, translate_errors
@@ -186,7 +187,7 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     return build_detection_examples(
         row,
         context,
-        BoxConvention(),
+        PIXELS,
         _find_image(file, record),
         objects,
         declared_size=(record.get("imageHeight"), record.get("imageWidth")),

@@ -66,7 +66,6 @@ from finesight.ingest.formats.row_keys import (
 from finesight.ingest.formats.split_folders import SPLIT_ALIASES
 from finesight.ingest.row_reader import ClassNames, Record, SourceRow
 from finesight.samples.boxes import (
-    BoxConvention,
     InvalidBoxError,
     StrayBoxError,
     box_area,
@@ -74,7 +73,7 @@ from finesight.samples.boxes import (
     parse_coordinates,
 )
 from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
-from finesight.samples.frames import Order, Unit
+from finesight.samples.frames import BoxFrame, Order, Unit
 from finesight.samples.image_file import is_image_value
 from finesight.samples.sample import (
     MAX_ANSWERS,
@@ -530,7 +529,7 @@ def guess_box_options(
     boxes = _list_boxes(records, column) or []
     is_fraction = bool(boxes) and max(map(max, boxes)) <= 1
     units: Unit | None = "1" if is_fraction else None
-    default = get_default_convention(column).format
+    default = get_default_frame(column).order
     if find_stated_format(column) is not None:
         return None, units
     other: Order = "xywh" if default == "xyxy" else "xyxy"
@@ -544,7 +543,7 @@ def guess_box_options(
         for index, box in enumerate(found):
             area = record_areas[index] if len(record_areas) == len(found) else None
             for box_format in (default, other):
-                corners = BoxConvention(box_format).to_pixels(box, (0, 0))
+                corners = BoxFrame(box_format).to_pixels(box, (0, 0))
                 valid[box_format] += is_inside_image(corners, (height, width))
                 if isinstance(area, int | float):
                     areas[box_format] += math.isclose(area, box_area(corners), rel_tol=0.01)
@@ -568,7 +567,7 @@ def find_box_format(
         for record, size in zip(records, sizes, strict=True):
             boxes = _list_boxes([record], columns)
             box, (width, height) = boxes[0] if boxes else [0.0] * 4, size or (0, 0)
-            x1, y1, x2, y2 = BoxConvention(box_format).to_pixels(box, (0, 0))
+            x1, y1, x2, y2 = BoxFrame(box_format).to_pixels(box, (0, 0))
             is_pixel = max(box) <= 1 or all(n == round(n) for n in box)
             is_pixel = is_pixel if box_format == "xyxy" else max(box) > 1
             num_valid += is_pixel and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
@@ -764,7 +763,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         num_unlabelled = [box.label for box in boxes].count(None)
         note = f"boxes without a label, because {context.columns['label']} is empty"
         context.row_notes[note] += num_unlabelled
-    units = context.resolve_convention(get_default_convention(context.columns.get("box", ""))).units
+    units = context.resolve_frame(get_default_frame(context.columns.get("box", ""))).unit
     if boxes and units == "pixel":
         # Columns of a size next to boxes are those of the image, or of the box.
         declared = row.record.get("height"), row.record.get("width")
@@ -1383,7 +1382,7 @@ def _create_boxes(
 ) -> tuple[tuple[BoxPart, ...], dict[str, InvalidBoxError]]:
     """Return the boxes of a row, and the errors of dropped boxes by labels without another box."""
     pairs: list[tuple[object, str | None]] = []
-    convention = get_default_convention(context.columns.get("box", ""))
+    frame = get_default_frame(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
         cells = as_list(parse_list(_read_cell(record, context, "label")))
@@ -1396,7 +1395,7 @@ def _create_boxes(
             problem = f"{len(names)} labels for {len(boxes)} boxes"
             raise InvalidRowError(problem, "a label for each box")
         pairs += itertools.zip_longest(boxes, names)
-    return create_labelled_boxes(pairs, images, convention)
+    return create_labelled_boxes(pairs, images, frame)
 
 
 def list_labels(rows: Iterable[SourceRow], column: str) -> list[str]:
@@ -1412,7 +1411,7 @@ def list_labels(rows: Iterable[SourceRow], column: str) -> list[str]:
 
 
 def create_labelled_boxes(
-    pairs: Sequence[tuple[object, str | None]], images: RowImages, convention: BoxConvention
+    pairs: Sequence[tuple[object, str | None]], images: RowImages, frame: BoxFrame
 ) -> tuple[tuple[BoxPart, ...], dict[str, InvalidBoxError]]:
     """Create boxes from coordinates and labels.
 
@@ -1423,7 +1422,7 @@ def create_labelled_boxes(
         InvalidBoxError: A box is invalid and the import does not drop it, or without it the
             question would lack an object.
     """
-    found = [images.create_valid_box(*pair, convention) for pair in pairs]
+    found = [images.create_valid_box(*pair, frame) for pair in pairs]
     parts = tuple(one for one in found if isinstance(one, BoxPart))
     labels = {part.label for part in parts}
     named = labels - {"", None}
@@ -1440,13 +1439,13 @@ def create_labelled_boxes(
     return parts, omitted
 
 
-def get_default_convention(column: str) -> BoxConvention:
-    """Return the box convention that the name of a column, or of four columns, states.
+def get_default_frame(column: str) -> BoxFrame:
+    """Return the frame of boxes that the name of a column, or of four columns, states.
 
     Boxes under `objects` are those of Hugging Face datasets, in the format of COCO.
     """
     default: Order = "xywh" if column.startswith("objects.") else "xyxy"
-    return BoxConvention(find_stated_format(column) or default)
+    return BoxFrame(find_stated_format(column) or default)
 
 
 @functools.lru_cache(maxsize=100)

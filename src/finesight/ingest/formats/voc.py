@@ -23,8 +23,8 @@ from finesight.ingest.formats.image_annotations import (
 from finesight.ingest.formats.row_keys import count_keys
 from finesight.ingest.formats.xml_annotations import parse_xml
 from finesight.ingest.row_reader import RowReader, SourceRow
-from finesight.samples.boxes import BoxConvention, parse_coordinates
-from finesight.samples.frames import BOX_DECIMALS
+from finesight.samples.boxes import parse_coordinates
+from finesight.samples.frames import BOX_DECIMALS, PIXELS
 from finesight.samples.image_file import CorruptImageError
 from finesight.samples.sample import MAX_LABEL_FILE_BYTES, read_data_file
 
@@ -53,7 +53,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             remedy="remove the file from the folder",
         )
     _reject_unread_objects(root)
-    is_default = context.resolve_convention(BoxConvention()) == BoxConvention()
+    is_default = context.resolve_frame(PIXELS) == PIXELS
     is_one_based = is_default and context.box_format is None
     notes = context.row_notes
     objects = []
@@ -71,9 +71,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         count_keys([*children, element.attrib], used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
     size = root.findtext("size/height"), root.findtext("size/width")
-    return build_detection_examples(
-        row, context, BoxConvention(), str(image), objects, declared_size=size
-    )
+    return build_detection_examples(row, context, PIXELS, str(image), objects, declared_size=size)
 
 
 def _reject_unread_objects(root: ElementTree.Element) -> None:

@@ -48,7 +48,8 @@ from finesight.ingest.formats.image_annotations import (
     require_inside_output,
 )
 from finesight.ingest.row_reader import SNIFF_BYTES, Record, RowReader, SourceRow, rows_from_items
-from finesight.samples.boxes import BoxConvention, InvalidBoxError, find_bounds
+from finesight.samples.boxes import InvalidBoxError, find_bounds
+from finesight.samples.frames import get_frame
 from finesight.samples.line_index import open_data_file
 from finesight.samples.sample import (
     MAX_BOXES,
@@ -59,7 +60,7 @@ from finesight.samples.sample import (
     read_text_file,
 )
 
-YOLO_BOX_CONVENTION = BoxConvention(format="cxcywh", units="1")
+YOLO_FRAME = get_frame("cxcywh", "1")
 SPLITS = ("train", "test", "val")
 CLASS_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
 REASON_NO_LABEL_FILE = "images without a label file"
@@ -158,7 +159,7 @@ def parse_yolo(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         if line.strip()
     ]
     image, meta = record["image"], record["meta"]
-    return build_detection_examples(row, context, YOLO_BOX_CONVENTION, image, objects, meta=meta)
+    return build_detection_examples(row, context, YOLO_FRAME, image, objects, meta=meta)
 
 
 def write_yolo(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

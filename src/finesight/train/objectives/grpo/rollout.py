@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.batch import PackedBatch
-from finesight.encode.family import FRAME_1000
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
@@ -46,7 +45,7 @@ from finesight.infer.request import GeneratedToken
 from finesight.model.backend_model import BackendModel
 from finesight.model.linear import LoraLinear
 from finesight.samples.boxes import measure_overlap, sort_corners
-from finesight.samples.frames import rescale
+from finesight.samples.frames import FRAME_1000, rescale
 from finesight.samples.sample import LocatedSample
 from finesight.train.objectives.grpo import COMPONENT
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length

@@ -26,7 +26,16 @@ from finesight.samples.boxes import (
     iter_json_boxes,
     iter_json_values,
 )
-from finesight.samples.frames import FRAME_1000, Box, ImageSize, ImageSizes, rescale, round_to_size
+from finesight.samples.frames import (
+    FRAME_1000,
+    Box,
+    ImageSize,
+    ImageSizes,
+    Order,
+    rescale,
+    round_to_size,
+    to_corners,
+)
 from finesight.samples.sample import (
     BoxPart,
     ContentPart,
@@ -499,7 +508,9 @@ _FOUR_VALUES = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*+(?:```\s*)?")
 
 
-def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[BoxPart]:
+def read_json_boxes(
+    text: str, frame: ImageSize, original_size: ImageSize, order: Order = "xyxy"
+) -> list[BoxPart]:
     """Parse the boxes of an answer and scale them from `frame` to the original image.
 
     Accepts text and code fences around the JSON, truncated lists, missing labels and fractions.
@@ -516,7 +527,7 @@ def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> li
         corners = parse_corners(coordinates)
         if corners is None:
             continue
-        scaled = rescale(corners, frame, original_size)
+        scaled = rescale(to_corners(order, corners), frame, original_size)
         regions.append(create_region(scaled, label, is_point=len(coordinates) == 2))
     return regions
 

@@ -62,7 +62,7 @@ from finesight.samples.boxes import (
     iter_json_values,
 )
 from finesight.samples.default_prompts import NO_OBJECTS_ANSWER
-from finesight.samples.frames import FRAME_1000, Box, ImageSize, to_corners
+from finesight.samples.frames import FRAME_1000, Box, ImageSize, Order
 from finesight.samples.image_file import DEFAULT_SIZE, CorruptImageError
 from finesight.samples.sample import (
     BoxPart,
@@ -599,13 +599,15 @@ def read_boxes(text: str, frame: TeacherFrame, image: SentImage) -> list[BoxPart
 
     Raises NoAnswerError for one that exceeds the image by more than a rounding error.
     """
-    height, width = size = image.original_size
-    is_swapped, boxes = frame == "thousandths-yx", list[BoxPart]()
-    source = image.size if frame == "pixels" else FRAME_1000
-    for box in read_json_boxes(text, source, (width, height) if is_swapped else size):
+    size = image.original_size
+    sent_size = image.size if frame == "pixels" else FRAME_1000
+    order: Order = "yxyx" if frame == "thousandths-yx" else "xyxy"
+    overhang = MAX_OVERHANG * max(size)
+    boxes: list[BoxPart] = []
+    for box in read_json_boxes(text, sent_size, size, order):
         x1, y1, x2, y2 = (round(number, COORDINATE_DECIMALS) for number in box.xyxy)
-        corners: Box = to_corners("yxyx" if is_swapped else "xyxy", (x1, y1, x2, y2))
-        overhang, is_point = MAX_OVERHANG * max(size), box.is_point
+        corners: Box = (x1, y1, x2, y2)
+        is_point = box.is_point
         is_inside = is_inside_image(corners, size, overhang, is_point=is_point)
         clipped = clip_box(corners, size, is_point=is_point)
         if clipped is None or not is_inside:

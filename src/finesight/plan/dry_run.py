@@ -29,6 +29,7 @@ from finesight.encode.packing import effective_prefix_length, plan_packs
 from finesight.model.config import VisionConfig
 from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
+from finesight.plan.meta_kernels import MetaKernels
 from finesight.plan.sharded_memory import ShardedModel, UnitMemory
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.objectives.objective import Objective
@@ -170,8 +171,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         saved_bytes: Bytes of live storages when the backward pass starts.
     """
 
-    def __init__(self, known_tensors: Iterable[Tensor], gathered_bytes: int = 0) -> None:
+    def __init__(
+        self, known_tensors: Iterable[Tensor], kernels: MetaKernels, gathered_bytes: int = 0
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._kernels = kernels
         self.gathered_bytes = gathered_bytes
         self._storages: dict[int, Any] = _map_storages(known_tensors)
         self._grad_bytes = 0
@@ -200,7 +204,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operands = [matrix.to(torch.bfloat16) for matrix in args[:2]]
             outputs = func(*operands, *args[2:], **(kwargs or {})).to(args[0].dtype)
         else:
-            outputs = func(*_move_indices(args), **(kwargs or {}))
+            outputs = self._kernels.run(func, _move_indices(args), kwargs or {})
         leaves = [outputs] if isinstance(outputs, Tensor) else tree_leaves(outputs)
         for output in leaves:
             if isinstance(output, Tensor):
@@ -546,6 +550,7 @@ class StepTracer:
         self._patch_bytes: float | None = None
         self.persistent_bytes = 0
         self._is_warm = False
+        self._kernels = MetaKernels()
 
     def _warm_up(
         self, batch: PackedBatch, features_MKD: Tensor | None, accumulated_ids: Collection[int]
@@ -602,7 +607,7 @@ class StepTracer:
         if key not in self._traces:
             self.model.activation_checkpointing = activation_checkpointing
             batch = self._build_batch(pack, None)
-            tracker = MemoryTracker([*self._own_tensors(), *_list_tensors(batch)])
+            tracker = MemoryTracker([*self._own_tensors(), *_list_tensors(batch)], self._kernels)
             with emulate_device(self.compute), tracker:
                 features_MKD = self.model.encode_images(batch.patches_ND, batch.grid_thw)
                 tracker.start_backward()
@@ -617,7 +622,7 @@ class StepTracer:
         assert self.teacher is not None, "no teacher"
         batch = self._build_batch(pack, None)
         weights = *self.teacher.parameters(), *self.teacher.buffers()
-        tracker = MemoryTracker([*weights, *_list_tensors(batch)])
+        tracker = MemoryTracker([*weights, *_list_tensors(batch)], self._kernels)
         with torch.no_grad(), emulate_device(self.compute), tracker:
             self.teacher(batch)
         return StepMemory(workspace=tracker.peak_bytes)
@@ -645,7 +650,7 @@ class StepTracer:
         gathered_bytes = 0
         if self._sharded is not None:
             gathered_bytes = self._sharded.gathered_bytes
-        tracker = MemoryTracker(known, gathered_bytes)
+        tracker = MemoryTracker(known, self._kernels, gathered_bytes)
 
         def free_gradient(parameter: Tensor) -> None:
             parameter.grad = None

@@ -29,6 +29,20 @@ def source(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "box format: xyxy (assumed; for another one, import with --box-format)"),
+        (("--box-format", "xyxy"), ""),
+    ],
+)
+def test_order_of_boxes_that_no_name_states_is_printed(source, tmp_path, cli, options, expected):
+    roles = ("--map", "image=image", "--map", "box=box", "--rows", "0:3", "--prompt", "Find.")
+    printed = cli("import", source, tmp_path / "out", *roles, *options)
+    assert ("box format" in printed.out) == bool(expected)
+    assert expected in printed.out
+
+
 def test_summary_is_printed(source, tmp_path, cli):
     out = tmp_path / "out"
     printed = cli("import", source, out, *ANSWERS, "--eval-last", "2", "--limit", "5")

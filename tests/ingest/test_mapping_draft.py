@@ -1,6 +1,7 @@
 """Drafts of mappings: the paths of all keys, for files and folders."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,25 @@ def test_folder_with_a_single_table_has_a_draft(tmp_path: Path) -> None:
     draft = tmp_path / "out-mapping.yaml"
     assert f"--mapping {draft}" in str(caught.value.remedy)
     assert 'told.*.text: "A wet road."' in draft.read_text()
+
+
+def test_remedy_of_an_unknown_table_names_the_columns_that_it_leaves_out(tmp_path: Path) -> None:
+    row = {"video": "walk", "question": "Why?", "answer": 1, "a0": "rain", "a1": "snow", "qid": 7}
+    write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    with pytest.raises(UnknownRolesError, match="cannot be detected") as caught:
+        detect_roles(tmp_path / "rows.jsonl", ImportOptions(), tmp_path / "out")
+    assert "--map video=video, which leaves out a0, a1" in str(caught.value.remedy)
+
+
+def test_folder_with_a_single_table_is_read_by_its_preset(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "data" / "a.png", 400, 200)
+    objects = [{"label": "pan", "coordinates": {"x": 9, "y": 9, "width": 4, "height": 6}}]
+    table = tmp_path / "data" / "_annotations.createml.json"
+    table.write_text(json.dumps([{"image": "a.png", "annotations": objects}]), encoding="utf-8")
+    detected = detect_roles(tmp_path / "data", ImportOptions(), tmp_path / "out")
+    assert detected.path == table
+    assert detected.options.mapping is not None
+    assert detected.options.mapping.name == "createml"
 
 
 @pytest.mark.parametrize("with_texts", [True, False])

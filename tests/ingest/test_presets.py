@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from box_fixtures import import_samples, list_answers
 from case_files import load_cases
-from image_fixtures import write_gray_image
+from image_fixtures import write_gray_image, write_jsonl
 from mapping_fixtures import (
     find_silent_change,
     mutate_record,
@@ -15,8 +16,11 @@ from mapping_fixtures import (
     summarize_example,
 )
 
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.importer import import_dataset
 from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
 from finesight.ingest.presets import find_preset, load_presets, matches
+from finesight.samples.sample import read_samples
 
 GOLDEN: dict[str, list[dict[str, Any]]] = load_cases("presets")
 
@@ -150,3 +154,48 @@ def test_a_folder_with_a_file_for_each_image_has_a_preset(tmp_path: Path) -> Non
     found = find_preset(tmp_path)
     assert found is not None
     assert found.name == "sroie"
+
+
+@pytest.mark.parametrize("splits", [[""], ["train", "validation"]])
+def test_an_imagefolder_has_a_preset(tmp_path: Path, splits: list[str]) -> None:
+    for split in splits:
+        (tmp_path / "data" / split).mkdir(parents=True, exist_ok=True)
+        write_gray_image(tmp_path / "data" / split / "a.png", 100 + len(split), 100)
+        row = {
+            "file_name": "a.png",
+            "ground_truth": json.dumps({"gt_parse": {"seat": f"4{split}"}}),
+        }
+        write_jsonl(tmp_path / "data" / split / "metadata.jsonl", [row])
+    found = find_preset(tmp_path / "data")
+    assert found is not None
+    assert found.name == "donut_folder"
+    options = ImportOptions(mapping=found, prompt="Read the ticket.")
+    summary = import_dataset(tmp_path / "data", tmp_path / "out", options)
+    texts: list[str] = []
+    for output in summary.output_files:
+        for sample in read_samples(Path(output.file)):
+            texts += [part.text for part in sample.messages[-1].content]
+    assert texts == [json.dumps({"seat": f"4{split}"}) for split in splits]
+
+
+def test_json_lines_in_a_json_file_have_a_preset(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png", 100, 100)
+    row = {"question_id": 1, "image": "a.png", "text": "Is there a pan?", "label": "no"}
+    write_jsonl(tmp_path / "coco_pope.json", [row, row])
+    found = find_preset(tmp_path / "coco_pope.json")
+    assert found is not None
+    assert found.name == "pope"
+
+
+def test_a_preset_of_a_folder_leaves_out_files_of_the_project(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "ds0" / "img" / "a.png", 400, 200)
+    (tmp_path / "meta.json").write_text(json.dumps({"classes": [{"title": "kettle"}]}))
+    (tmp_path / "ds0" / "ann").mkdir()
+    record = dict(GOLDEN["supervisely"][0]["records"][0])
+    del record["image"]
+    (tmp_path / "ds0" / "ann" / "a.png.json").write_text(json.dumps(record))
+    found = find_preset(tmp_path)
+    assert found is not None
+    samples, summary = import_samples(tmp_path, tmp_path / "out", mapping=found)
+    assert list_answers(samples) == [[("kettle", (40, 30, 140, 120))]]
+    assert "other files, not read: 1 .json" in summary.text_format

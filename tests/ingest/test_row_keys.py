@@ -24,7 +24,7 @@ from finesight.ingest.image_resolver import ImageResolver
 from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import NOTE_UNFINISHED_REASONING, import_dataset
 from finesight.ingest.row_reader import SourceRow
-from finesight.samples.sample import join_text, sample_from_dict, sample_to_dict
+from finesight.samples.sample import join_text, read_samples, sample_from_dict, sample_to_dict
 
 CASES = load_cases("row_keys")
 
@@ -443,3 +443,26 @@ def test_two_worse_answers_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=r"the key 'rejected_(response|conversations)'"):
         import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions())
+
+
+@pytest.mark.parametrize("has_text_only", [True, False])
+def test_preferred_outputs_of_openai_are_a_pair(tmp_path: Path, has_text_only: bool) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    content: Any = "Which seat?"
+    if not has_text_only:
+        image = {"type": "image_url", "image_url": {"url": "a.png"}}
+        content = [image, {"type": "text", "text": "Which seat?"}]
+    row = {
+        "input": {"messages": [{"role": "user", "content": content}], "tools": []},
+        "preferred_output": [{"role": "assistant", "content": "47A"}],
+        "non_preferred_output": [{"role": "assistant", "content": "12B"}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions())
+    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
+    assert [part.text for part in sample.messages[-1].content] == ["47A"]
+    assert [part.text for part in sample.rejected] == ["12B"]
+    row["chosen"] = "49D"
+    (tmp_path / "two.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(UserError):
+        import_dataset(tmp_path / "two.jsonl", tmp_path / "out-2", ImportOptions())

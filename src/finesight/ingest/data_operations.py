@@ -197,6 +197,8 @@ def format_import(
         details.append(_describe_box_format(options))
         if options.box_units:
             details.append(f"box units: {options.box_units}")
+    elif not options.box_format:
+        details.append(_describe_box_format(options))
     details += [*summary.list_skipped(), *summary.list_media()]
     if summary.skipped_rows_file is not None:
         details.append(f"{summary.skipped_rows_file}: invalid rows with reasons")

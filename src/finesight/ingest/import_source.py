@@ -511,12 +511,33 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy="check the path, or remove --format to detect the format",
         )
     if is_folder:
-        records = open_record_files(source, needs_images=options.mapping is None)
-        if records is None:
-            raise _build_folder_error(source)
-        return records, None, ""
+        return _open_folder_rows(source, options.mapping), None, ""
     readers = [options.open_file(file) for file in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
+
+
+def _open_folder_rows(source: Path, mapping: DatasetFormat | None) -> RowReader:
+    """Open the JSON files of a folder as rows, or with a mapping those of a table in it."""
+    # A preset matches the objects of images: others describe the project, such as its classes.
+    needs_images = mapping is None or mapping.is_preset
+    records = open_record_files(source, needs_images=needs_images)
+    if records is not None:
+        return records
+    rows = None if mapping is None else open_table_folder(source)
+    if rows is None:
+        raise _build_folder_error(source)
+    return rows
+
+
+def open_table_folder(source: Path) -> RowReader | None:
+    """Open the rows of a folder whose format has a table, such as an ImageFolder; else None."""
+    for data_format in FORMATS.list_built_in():
+        if data_format.map_columns is not None and data_format.open_dataset is not None:
+            opened = data_format.open_dataset(source)
+            if opened is not None:
+                rows, _ = opened
+                return rows
+    return None
 
 
 def _build_folder_error(source: Path) -> UserError:
@@ -803,6 +824,8 @@ def detect_columns(
         options = replace(options, columns=columns)
         opened = None
     opened = opened or open_source(path, options)
+    if options.format is None:
+        _check_left_out(opened, path)
     if opened.data_format.map_columns is not None and not options.columns:
         # The rows of an ImageFolder are those of a table.
         proposal = RoleProposal(_read_preview(opened.rows), opened.column_map)
@@ -819,6 +842,19 @@ def detect_columns(
         proposal = replace(proposal, box_options=_list_box_options(options))
         options = replace(options, ignorable_columns=proposal.list_ignorable())
     return DetectedColumns(path, options, proposal)
+
+
+def _check_left_out(source: ImportSource, path: Path) -> None:
+    """Raise UserError if the first rows have content that a detected format leaves out."""
+    check_row = source.data_format.check_left_out
+    if check_row is None:
+        return
+    for row in source.rows.iter_range(0, NUM_DETECTION_ROWS):
+        try:
+            check_row(row)
+        except UserError as error:
+            error.where = error.where or str(path)
+            raise
 
 
 def open_table_rows(path: Path, options: ImportOptions) -> RowReader:

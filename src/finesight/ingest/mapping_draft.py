@@ -92,6 +92,11 @@ def detect_roles(
         UnknownRolesError: The roles are not known. The remedy names the draft of a mapping.
     """
     options = with_preset(path, options)
+    table = find_only_table(path) if options.is_detected and path.is_dir() else None
+    if table is not None:
+        table_options = with_preset(table, options)
+        if table_options.mapping is not None:
+            return DetectedColumns(table, table_options)
     if not options.is_detected or options.row_files:
         return DetectedColumns(find_table(path, options), options)
     try:

@@ -67,6 +67,7 @@ def build_mapping_format(
     return MappingFormat(
         name=name,
         mapping=mapping,
+        is_preset=is_preset,
         description=f"records with the keys of the mapping {name}",
         parse_row=parse_row,
         open_requested=partial(open_document, mapping=mapping),

@@ -16,14 +16,15 @@ from finesight.files.storage import temporary_folder
 from finesight.ingest.folder_listing import is_json_file
 from finesight.ingest.formats.dataset_format import ImportContext
 from finesight.ingest.image_resolver import ImageResolver
-from finesight.ingest.import_source import NUM_DETECTION_ROWS, ImportOptions
+from finesight.ingest.import_source import NUM_DETECTION_ROWS, ImportOptions, open_table_folder
 from finesight.ingest.mapped_rows import read_mapped_row
 from finesight.ingest.mapping import RecordMapping, parse_mapping
 from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
 from finesight.ingest.record_files import read_preview_records
 from finesight.ingest.record_values import RecordValues, Scope, parse_texts, read_record
-from finesight.ingest.row_reader import Record, SourceRow, get_row_suffix
+from finesight.ingest.row_reader import SNIFF_BYTES, Record, SourceRow, get_row_suffix
 from finesight.samples.image_file import CorruptImageError
+from finesight.samples.line_index import MAX_LINE_BYTES, open_data_file
 from finesight.samples.sample import InvalidRowError, read_data_file
 
 PRESETS_FOLDER = "presets"
@@ -59,19 +60,40 @@ def with_preset(path: Path, options: ImportOptions) -> ImportOptions:
 
 def find_preset(path: Path) -> MappingFormat | None:
     """Return the preset that matches the records of a file or a folder; None without one."""
-    if is_json_file(path, b"{") and path.suffix.lower() == ".json":
+    is_object = is_json_file(path, b"{") and path.suffix.lower() == ".json"
+    if is_object and not _has_json_lines(path):
         return _find_document_preset(path)
     if not path.is_dir() and get_row_suffix(path) not in PRESET_SUFFIXES:
         return None
     folder = path if path.is_dir() else path.parent
     try:
         records = read_preview_records(path, NUM_DETECTION_ROWS)
+        if path.is_dir() and not records:
+            records = _read_table_folder(path)
     except UserError:
         return None  # reported when the source is opened
     for name, mapping in load_presets().items():
         if mapping.rows is None and matches(mapping, records, folder):
             return build_mapping_format(mapping, name, is_preset=True)
     return None
+
+
+def _has_json_lines(path: Path) -> bool:
+    """Return whether each of the first two lines of a file is an object, as in JSON Lines."""
+    with open_data_file(path) as file:
+        first = file.readline(MAX_LINE_BYTES).strip()
+        second = file.readline(SNIFF_BYTES).lstrip()
+    return first.endswith(b"}") and second.startswith(b"{")
+
+
+def _read_table_folder(folder: Path) -> list[Record]:
+    """Return the first records of an ImageFolder; none of another folder."""
+    records: list[Record] = []
+    rows = open_table_folder(folder)
+    if rows is not None:
+        for row in rows.iter_range(0, NUM_DETECTION_ROWS):
+            records.append(row.record)
+    return records
 
 
 def _find_document_preset(path: Path) -> MappingFormat | None:

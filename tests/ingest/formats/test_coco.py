@@ -17,6 +17,7 @@ from finesight.ingest.formats.image_annotations import (
     REASON_NO_OBJECTS,
 )
 from finesight.ingest.import_source import ImportOptions, open_unvalidated
+from finesight.ingest.mapping_draft import detect_roles
 
 CASES = load_cases("coco")
 
@@ -85,6 +86,45 @@ def test_captions_and_boxes_of_five_values_are_counted(tmp_path: Path) -> None:
     assert ["person" in question for question in list_questions(samples)] == [False, True, True]
     assert summary.source_notes["boxes of 5 values (skipped)"] == 1
     assert summary.other_keys["caption of annotations, not imported"] == 2
+
+
+@pytest.mark.parametrize(
+    ("level", "key", "value"),
+    [
+        ("annotations", "utf8_string", "EXIT"),
+        ("annotations", "sentences", ["the dog on the left"]),
+        ("images", "question", "Where is the dog?"),
+        ("images", "Caption", "A dog."),
+    ],
+)
+def test_texts_beside_boxes_need_consent(
+    tmp_path: Path, level: str, key: str, value: object
+) -> None:
+    document = instances()
+    document[level][0][key] = value
+    file = write(tmp_path / "coco", document)
+    with pytest.raises(UserError, match="have texts, which a detection dataset") as caught:
+        detect_roles(file, ImportOptions(), tmp_path / "out")
+    assert key in caught.value.what
+    assert "--format coco" in str(caught.value.remedy)
+    detected = detect_roles(file, ImportOptions(format="coco"), tmp_path / "out")
+    assert detected.options.format == "coco"
+
+
+def test_names_and_numbers_beside_boxes_need_no_consent(tmp_path: Path) -> None:
+    document = instances()
+    document["annotations"][0] |= {"text": "", "caption": 7, "iscrowd": 0}
+    document["images"][0]["coco_url"] = "https://images.example/1.jpg"
+    file = write(tmp_path / "coco", document)
+    detected = detect_roles(file, ImportOptions(), tmp_path / "out")
+    assert detected.proposal is None
+
+
+def test_another_document_with_annotations_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "pages.json"
+    file.write_text(json.dumps({"info": {}, "annotations": [{"page": "a", "lines": []}]}))
+    with pytest.raises(UserError, match="cannot be detected from rows with the keys page, lines"):
+        detect_roles(file, ImportOptions(), tmp_path / "out")
 
 
 def captions() -> dict[str, Any]:

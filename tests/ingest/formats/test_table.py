@@ -296,6 +296,21 @@ def test_list_of_options_follows_the_question(folder: Path) -> None:
     assert list_turns(case(folder, {**record, "choices": ["1", "2"], "answer": 1}, mapped))[1]
 
 
+@pytest.mark.parametrize("names", [("A", "B"), ("Option A", "Option B"), ("choice_a", "choice_b")])
+def test_numbers_do_not_answer_questions_with_lettered_columns(
+    folder: Path, names: tuple[str, str]
+) -> None:
+    record = {"question": "Which pet is it?", **dict(zip(names, ("cat", "dog"), strict=True))}
+    mapped = {"image": "image", "answer": "answer", "question": ",".join(["question", *names])}
+    for answer in ("B", "dog"):
+        assert case(folder, {**record, "answer": answer}, mapped)
+    for number in (0, "1"):
+        with pytest.raises(UserError, match=f"the answer {number} to a question with 2 options"):
+            case(folder, {**record, "answer": number}, mapped)
+    numbers = {"question": "How many?", **dict(zip(names, ("3", "5"), strict=True)), "answer": 5}
+    assert case(folder, numbers, mapped)
+
+
 @pytest.mark.parametrize(
     ("cells", "remedy"),
     [
@@ -370,6 +385,13 @@ def test_boxes_in_columns_of_unknown_names(boxes: list[Any], expected: str | Non
     records = [dict(zip("abcd", box, strict=True)) for box in boxes]
     assert find_box_format(records, "a,b,c,d", [(200, 100)] * 2) == expected
     assert find_box_format(records, "a,b,c,d", [(200, 100), None]) is None
+
+
+def test_images_without_objects_do_not_decide_the_box_format() -> None:
+    empty = dict.fromkeys("abcd", "")
+    records: list[dict[str, Any]] = [empty, {"a": 10, "b": 20, "c": 180, "d": 90}, empty]
+    assert find_box_format(records, "a,b,c,d", [(200, 100)] * 3) == "xyxy"
+    assert find_box_format([empty], "a,b,c,d", [(200, 100)]) is None
 
 
 @pytest.mark.parametrize(

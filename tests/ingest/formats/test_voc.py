@@ -6,6 +6,8 @@ import pytest
 from box_fixtures import import_samples, list_answers, write_box_image
 
 from finesight.errors import UserError
+from finesight.ingest.import_source import ImportOptions
+from finesight.ingest.mapping_draft import detect_roles
 
 # The first white pixel is the 13th from the left and 4th from the top, the last the 31st and 17th.
 WHITE = (12, 3, 31, 17)
@@ -168,3 +170,17 @@ def test_nested_metadata_beside_objects_is_listed(root: Path, tmp_path: Path) ->
     annotate(root, ANNOTATION.replace("<segmented>", f"{metadata}<segmented>"))
     _, summary = import_samples(root, tmp_path / "out")
     assert any(key.startswith("source of annotation") for key in summary.other_keys)
+
+
+@pytest.mark.parametrize("tag", ["description", "text"])
+def test_texts_of_objects_need_consent(root: Path, tmp_path: Path, tag: str) -> None:
+    text = f"<name>dog</name><{tag}>the dog on the left</{tag}>"
+    annotate(root, ANNOTATION.replace("<name>dog</name>", text))
+    with pytest.raises(UserError, match=f"objects have texts.*{tag}") as caught:
+        detect_roles(root, ImportOptions(), tmp_path / "out")
+    assert "--format voc" in str(caught.value.remedy)
+    detect_roles(root, ImportOptions(format="voc"), tmp_path / "out")
+
+
+def test_objects_without_texts_need_no_consent(root: Path, tmp_path: Path) -> None:
+    assert detect_roles(root, ImportOptions(), tmp_path / "out").proposal is None

@@ -24,6 +24,9 @@ from finesight.ingest.formats.dataset_format import (
 from finesight.ingest.row_reader import Record
 from finesight.samples.sample import InvalidRowError
 
+MAX_LISTED_CHARS = 100
+"""Maximum length of the columns that an error lists."""
+
 FORMATS = ComponentRegistry("formats", DatasetFormat, FORMAT_PACKAGE, FORMAT_HELPERS)
 """Dataset formats by name, in the order in which detection tries them."""
 
@@ -113,6 +116,9 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     if closest is table.COMPONENT:
         columns = table.suggest_mapping(records) if has_names or not mapping else mapping
         suggestion = f"name its columns, perhaps with {columns}"
+        left_out = table.list_left_out(records)
+        if left_out and "COLUMN" not in columns:
+            suggestion += f", which leaves out {', '.join(left_out)[:MAX_LISTED_CHARS]}"
     if has_names and mapping:
         suggestion += f"; if the first line contains values, import with --no-header {mapping}"
     raise table.UnknownRolesError(

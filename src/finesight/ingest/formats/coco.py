@@ -47,7 +47,7 @@ from finesight.ingest.formats.image_annotations import (
     trace_mask,
 )
 from finesight.ingest.formats.json_annotations import read_document
-from finesight.ingest.formats.row_keys import count_keys
+from finesight.ingest.formats.row_keys import count_keys, reject_texts
 from finesight.ingest.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.samples.boxes import InvalidBoxError, find_bounds, translate_shape_errors
 from finesight.samples.frames import BoxFrame
@@ -70,6 +70,10 @@ _ANNOTATION_KEYS = (
 )
 _OBJECT_KEYS = frozenset(("bbox", "segmentation", "category_id"))
 REASON_NO_CAPTION = "images without a caption"
+TEXTS_REMEDY = (
+    "if the texts belong neither to the question nor to the answer, import with --format coco; else"
+    " name them in a mapping file (--mapping) with the lists as tables (page Mapping files)"
+)
 UNSUPPORTED_KEYS = ("segmentation", "keypoints")
 
 
@@ -84,7 +88,10 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
     images, annotations, categories = lists
     box_keys = ("bbox", "segmentation", "keypoints")
     has_boxes = any(key in item for item in annotations for key in box_keys)
-    if not images or not (has_boxes or any("caption" in item for item in annotations)):
+    has_captions = any("caption" in item for item in annotations)
+    if not ("images" in document or has_boxes or has_captions):
+        return None  # another document with annotations
+    if not images or not (has_boxes or has_captions):
         raise UserError(
             f"{len(images)} images, {len(annotations)} annotations, none with bbox or caption",
             where=str(source),
@@ -146,6 +153,14 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
     count_keys([dict.fromkeys(document, 1)], _LIST_KEYS, "files", other_keys)
     count_keys(categories, ("id", "name", "keypoints"), "categories", other_keys)
     return replace(rows_from_items(images, make_row), other_keys=other_keys), reason
+
+
+def _check_texts(row: SourceRow) -> None:
+    """Reject texts beside the boxes of an image, which would be left out."""
+    if row.record["names"] is None:
+        return  # captions
+    reject_texts([row.record["image"]], _IMAGE_KEYS, "images", TEXTS_REMEDY)
+    reject_texts(row.record["annotations"], _ANNOTATION_KEYS, "annotations", TEXTS_REMEDY)
 
 
 def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -343,6 +358,7 @@ COMPONENT = DatasetFormat(
     parse_row=_parse_coco,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_coco,
+    check_left_out=_check_texts,
     write_files=_write_coco,
     # Formats with a distinctive document precede those of plain rows.
     position=10,

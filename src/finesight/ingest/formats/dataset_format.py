@@ -622,9 +622,11 @@ def split_preference(record: Record) -> list[Record]:
 
     Supported are the keys of TRL (`prompt`, `chosen`, `rejected`), ms-swift (`rejected_response`,
     `rejected_messages`) and LLaMA-Factory (`conversations` or `instruction` with `chosen` and
-    `rejected`), and `rejected_conversations`. Any other row is returned alone.
+    `rejected`), `rejected_conversations`, and `preferred_output` with `non_preferred_output` of
+    OpenAI. Any other row is returned alone.
     """
-    record, pair = _append_solution(_read_cauldron(record)), ("chosen", "rejected")
+    pair = ("chosen", "rejected")
+    record = _append_solution(_read_cauldron(_read_openai_preference(record)))
     turns_key = "messages"
     if "messages" not in record and isinstance(record.get("conversations"), list):
         turns_key = "conversations"
@@ -662,6 +664,21 @@ def _split_rejected(record: Record, others: Record, turns_key: str) -> list[Reco
     if isinstance(rejected, list) and rejected:
         return [others, {**others, turns_key: rejected}]
     return [dict(record)]
+
+
+def _read_openai_preference(record: Record) -> Record:
+    """Return a preference row of OpenAI, whose turns are inside of `input`, as one of TRL."""
+    prompt = record.get("input")
+    answers = ("preferred_output", "non_preferred_output")
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("messages"), list):
+        return record
+    if not all(isinstance(record.get(key), list) and record[key] for key in answers):
+        return record
+    others = {key: value for key, value in record.items() if key not in ("input", *answers)}
+    if {*prompt, "chosen", "rejected"} & others.keys():
+        return record  # refused: two values for one key
+    preferred, rejected = (record[key] for key in answers)
+    return {**others, **prompt, "chosen": preferred, "rejected": rejected}
 
 
 def _read_cauldron(record: Record) -> Record:
@@ -845,11 +862,14 @@ class DatasetFormat(Component[Any]):
         may_be_table: Function that returns whether detected records may be a table instead.
         group_rows: Function that joins rows after they are opened, and rows of other files, for
             mapping files. It gets the data file.
+        check_left_out: Function that raises UserError if a row has texts that the format leaves
+            out. It is called for the first rows if the format is detected.
         is_native: Whether the rows are samples, as training reads them.
         keeps_pages: Whether the format has pages of documents. An export to others saves them.
         reads_raw_rows: Whether `parse_row` reads all keys of a record itself, such as preference
             pairs, verdicts and lists in texts, which otherwise are the same for all formats.
         states_split: Whether each row states that it is for training or for validation.
+        is_preset: Whether the keys of the records have selected this mapping.
         named_keys: Keys of records that the format names. They decide if a table has a header.
     """
 
@@ -867,10 +887,12 @@ class DatasetFormat(Component[Any]):
     open_encoded: Callable[[Path, str], tuple[RowReader, str] | None] | None = None
     may_be_table: Callable[[Sequence[Record]], bool] | None = None
     group_rows: Callable[[RowReader, Path], RowReader] | None = None
+    check_left_out: Callable[[SourceRow], None] | None = None
     is_native: bool = False
     keeps_pages: bool = False
     reads_raw_rows: bool = False
     states_split: bool = False
+    is_preset: bool = False
     named_keys: frozenset[str] = frozenset()
 
     def find_problem(self) -> str | None:
@@ -889,6 +911,7 @@ class DatasetFormat(Component[Any]):
             "keeps_pages": self.keeps_pages,
             "reads_raw_rows": self.reads_raw_rows,
             "states_split": self.states_split,
+            "is_preset": self.is_preset,
         }
         for name, flag in flags.items():
             if not isinstance(flag, bool):
@@ -904,6 +927,7 @@ class DatasetFormat(Component[Any]):
             "open_encoded": self.open_encoded,
             "may_be_table": self.may_be_table,
             "group_rows": self.group_rows,
+            "check_left_out": self.check_left_out,
         }
         for name, function in functions.items():
             if function is not None and not callable(function):

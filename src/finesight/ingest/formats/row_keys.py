@@ -186,6 +186,32 @@ LABEL = KeyMeaning(
 )
 
 
+TEXT_NAMES = frozenset(
+    {
+        "answer",
+        "caption",
+        "captions",
+        "description",
+        "expression",
+        "instruction",
+        "ocrtext",
+        "phrase",
+        "prompt",
+        "query",
+        "question",
+        "refexp",
+        "referringexpression",
+        "response",
+        "sentence",
+        "sentences",
+        "text",
+        "transcription",
+        "utf8string",
+    }
+)
+"""Names of texts about an object or an image with boxes, in lower case without punctuation."""
+
+
 def find_meaning(
     key: str, value: object, level: str, image_names: Collection[str] = ()
 ) -> KeyMeaning | None:
@@ -415,6 +441,39 @@ def count_keys(
         for path, _, value in iter_nested({k: v for k, v in values.items() if k not in used})
         if has_value(value)
     )
+
+
+def reject_texts(
+    objects: Iterable[Mapping[str, Any]], used: Collection[str], level: str, remedy: str
+) -> None:
+    """Reject texts beside boxes that may be the question or the answer.
+
+    Args:
+        used: Keys that the format uses.
+        level: Kind of the objects in the plural.
+        remedy: How to import data with such texts.
+
+    Raises:
+        UserError: A key with the name of a text has one. The remedy is consent by `--format`.
+    """
+    for values in objects:
+        for key, value in values.items():
+            name = re.sub(r"[\W_]", "", key).lower()
+            is_text_key = key not in used and name in TEXT_NAMES
+            if is_text_key and _has_letters(value):
+                raise UserError(
+                    f"{level} have texts, which a detection dataset leaves out: {key}"
+                    f" ({str(value)[:60]!r})",
+                    expected="boxes with classes only",
+                    remedy=remedy,
+                )
+
+
+def _has_letters(value: object) -> bool:
+    """Return whether a value is a text with letters, or a list with such a text."""
+    if isinstance(value, list):
+        return any(map(_has_letters, value))
+    return isinstance(value, str) and re.search(r"[^\W\d_]", value) is not None
 
 
 def iter_nested(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:

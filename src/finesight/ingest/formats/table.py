@@ -564,7 +564,11 @@ def find_box_format(
     orders: tuple[Order, ...] = ("xyxy", "xywh", "cxcywh")
     for box_format in orders if None not in sizes else ():
         num_valid, extent_x, extent_y = 0, 0.0, 0.0
+        num_filled = 0
         for record, size in zip(records, sizes, strict=True):
+            if all(_is_empty(get_cell(record, name)) for name in columns.split(",")):
+                continue  # an image without objects
+            num_filled += 1
             boxes = _list_boxes([record], columns)
             box, (width, height) = boxes[0] if boxes else [0.0] * 4, size or (0, 0)
             x1, y1, x2, y2 = BoxFrame(box_format).to_pixels(box, (0, 0))
@@ -573,7 +577,7 @@ def find_box_format(
             num_valid += is_pixel and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
             extent_x, extent_y = max(extent_x, x2 / width), max(extent_y, y2 / height)
         is_large = box_format == "xyxy" or min(extent_x, extent_y) > 0.5
-        if is_large and num_valid >= 0.9 * len(records):
+        if is_large and num_valid >= max(1, 0.9 * num_filled):
             return box_format
     return None
 
@@ -598,6 +602,17 @@ def suggest_mapping(records: Sequence[Record]) -> str:
         columns["answer"] = "COLUMN"
     pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
     return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+
+
+def list_left_out(records: Sequence[Record]) -> list[str]:
+    """Return the columns with values that the suggested options of `--map` leave out."""
+    columns = suggest_columns(records)
+    names: dict[str, None] = {}
+    for record in records:
+        for name in list_unused_columns(record, columns):
+            if not is_row_name(name) and has_value(get_cell(record, name)):
+                names[name] = None
+    return list(names)
 
 
 def suggest_columns(records: Sequence[Record]) -> dict[str, str]:
@@ -932,7 +947,7 @@ def place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
 
 
 def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, list[str]]:
-    """Join the cells of a question, one a line, and return the options of a list.
+    """Join the cells of a question, one a line, and return the options.
 
     Empty cells, such as the input of an instruction, are left out.
     """
@@ -942,13 +957,13 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
             filled[name] = cell
     lettered = {name: match[1].upper() for name in names if (match := _OPTION.fullmatch(name))}
     option_lines: dict[str, str] = {}
+    options: list[str] = []
     if len(lettered) > 1:
         found = [name for name in filled if name in lettered]
-        texts = [str(filled[name]) for name in found]
+        options = [str(filled[name]) for name in found]
         letters = [lettered[name] for name in found]
-        option_lines = dict(zip(found, letter_options(texts, letters), strict=True))
+        option_lines = dict(zip(found, letter_options(options, letters), strict=True))
     lines: list[str] = []
-    options: list[str] = []
     for name, cell in filled.items():
         items = parse_list(cell)
         if name.lower() in _OPTION_LISTS and isinstance(items, list):

@@ -20,7 +20,7 @@ from finesight.ingest.formats.image_annotations import (
     enclose_shape,
     list_image_names,
 )
-from finesight.ingest.formats.row_keys import count_keys
+from finesight.ingest.formats.row_keys import count_keys, reject_texts
 from finesight.ingest.formats.xml_annotations import parse_xml
 from finesight.ingest.row_reader import RowReader, SourceRow
 from finesight.samples.boxes import parse_coordinates
@@ -34,12 +34,24 @@ IMAGE_FOLDERS = ("JPEGImages", "images")
 _ROOT_TAGS = ("filename", "path", "folder", "size", "segmented", "object")
 _OBJECT_TAGS = ("name", "bndbox", "part", *OBJECT_FLAGS)
 NOTE_PARTS = "parts of objects (ignored)"
+TEXTS_REMEDY = (
+    "if the texts belong neither to the question nor to the answer, import with --format voc; else"
+    " write a table with a row per box (--map box=xmin,ymin,xmax,ymax and --map question=COLUMN or"
+    " --map label=COLUMN)"
+)
 
 
 def _open_voc(source: Path) -> tuple[RowReader, str] | None:
     """Open the Pascal VOC files of a folder, or a single one, as rows."""
     description = "XML files with <annotation>: Pascal VOC"
     return open_annotation_files(source, ".xml", description, b"<annotation", _read_classes)
+
+
+def _check_texts(row: SourceRow) -> None:
+    """Reject texts of objects, which would be left out."""
+    for element in _read_xml(Path(row.record["file"])).iterfind("object"):
+        for child in element:
+            reject_texts([{child.tag: child.text}], _OBJECT_TAGS, "objects", TEXTS_REMEDY)
 
 
 def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -144,5 +156,6 @@ COMPONENT = DatasetFormat(
     parse_row=_parse_voc,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_voc,
+    check_left_out=_check_texts,
     position=30,
 )

@@ -61,7 +61,7 @@ from finesight.files.storage import temporary_folder, translate_os_errors
 from finesight.files.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.evaluation import ANSWER_FILES
+from finesight.infer.answer_tables import ANSWER_FILES, TABLE_SUFFIXES, can_write_workbooks
 from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language, translate
 from finesight.samples.image_file import IMAGE_SUFFIXES

@@ -466,14 +466,55 @@ def test_many_images_are_read_into_tables(folder, page, started):
     options = ["--prompt", "Color?", "--out", "answers/a"]
     assert started == [["predict", "runs/a", path, *options] for path in ("uploads/a", "photos")]
     write_job(folder, "chat", " ".join(started[0]), target="runs/a", exit_code=0)
+    assert "deleted or moved" in read_live(folder, "step=chat")["bottom"]
     write_file(folder / "answers/a/answers.csv", b"image")
-    assert 'href="answers/1/answers.csv"' in read_live(folder, "step=chat")["bottom"]
+    shown = read_live(folder, "step=chat")["bottom"]
+    assert re.findall('href="(answers/.*?)"', shown) == ["answers/1/answers.csv"]
+    write_file(folder / "answers/a/answers.xlsx", b"workbook")
+    shown = read_live(folder, "step=chat")["bottom"]
+    main, *others = re.findall('class="button(.*?)" href="answers/1/answers.(.*?)"', shown)
+    assert (main, others) == ((" primary result-action", "xlsx"), [("", "csv")])
     with open_client(folder) as client:
         table = client.get("/answers/1/answers.csv")
         assert (table.text, "attachment" in table.headers["content-disposition"]) == ("image", True)
         for path in ("1/answers.jsonl", "1/sha256.json"):
             assert client.get(f"/answers/{path}").status_code == 404
         assert client.get("/answers/2/answers.csv").status_code == 422
+
+
+def test_name_of_a_table_is_that_of_a_folder(folder, page, started):
+    """With a suffix, the command would write a single file, which the page does not show."""
+    add_run(folder)
+    texts = {"predict:prompt": "?", "predict:images": "photos", "predict:out": "a.XLSX"}
+    page.run_action("predict", Selection(step="chat", run="runs/a"), Form(texts=texts))
+    assert started[0][-1] == "answers/a"
+
+
+@pytest.mark.parametrize("out", ["../outside", ".finesight/jobs/1", "answers/link", "-x", ""])
+def test_answers_of_a_received_workspace_are_in_its_folder(folder, out):
+    """A job file may name any folder."""
+    add_run(folder)
+    outside = folder.parent / "outside"
+    for place in (outside, folder / ".finesight/jobs/1", folder / "-x", folder):
+        write_file(place / "answers.csv", b"secret")
+    (folder / "answers").mkdir()
+    (folder / "answers/link").symlink_to(outside)
+    options = f"--out {out}" if out else ""
+    write_job(folder, "chat", f"predict runs/a photos {options}", target="runs/a", exit_code=0)
+    assert "answers.csv" not in read_live(folder, "step=chat&run=runs/a")["bottom"]
+    with open_client(folder) as client:
+        assert client.get("/answers/1/answers.csv").status_code == 404
+
+
+def test_folders_of_uploads_are_proposed(folder, page):
+    add_run(folder)
+    for name in ("b", ".hidden", "<i>"):
+        (folder / "uploads" / name).mkdir(parents=True)
+    (folder / "uploads/link").symlink_to(folder)
+    (folder / "uploads/mapping.yaml").touch()
+    shown = page.render(Selection(step="chat", run="runs/a"))
+    found = re.findall('<option value="(uploads/.*?)">', shown)
+    assert sorted(found) == ["uploads/&lt;i&gt;", "uploads/b"]
 
 
 def test_label_form_offers_the_prompt_of_the_data(folder, page):

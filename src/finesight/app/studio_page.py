@@ -59,9 +59,9 @@ from finesight.app.workspace import as_argument
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.files.storage import temporary_folder, translate_os_errors
 from finesight.files.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
+from finesight.infer.answer_tables import TABLE_SUFFIXES
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
-from finesight.infer.answer_tables import ANSWER_FILES, TABLE_SUFFIXES, can_write_workbooks
 from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language, translate
 from finesight.samples.image_file import IMAGE_SUFFIXES
@@ -237,6 +237,7 @@ class StudioPage:
             values["editor:text"], digest = self.view.workspace.read_recipe(state.recipe)
         # A review replaces the reviewed data set. Both have the same validation samples.
         used = state.dataset.files if state.dataset else set()
+        image_folders = self.view.workspace.list_uploads() if selection.step == "chat" else []
         others = [one.path for one in state.content.datasets if not one.files & used]
         runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
@@ -245,6 +246,7 @@ class StudioPage:
             forms={form: build_form(form, runs) for form in FORMS_OF_STEPS[selection.step]},
             values=values,
             others=others,
+            image_folders=image_folders,
             digest=digest,
             questions=QUESTIONS,
             sources=SOURCES,
@@ -620,6 +622,9 @@ class StudioPage:
     def _predict(self, state: StudioState, form: Form) -> str:
         """Start a command that answers a question about each of many images."""
         name, texts = form.get("predict:out"), dict(form.texts)
+        if Path(name).suffix.lower() in TABLE_SUFFIXES:
+            # The command would write one file, but the page has those of a folder.
+            name = texts["predict:out"] = Path(name).stem
         if bool(form.uploads) == bool(form.get("predict:images")):
             raise build_missing_error("files")
         self.view.workspace.check_new_name("answers", name)
@@ -819,10 +824,9 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         return HTMLResponse(content, headers=VIEW_HEADERS)
 
     def get_answers(request: Request) -> Response:
-        job, name = view.jobs.find(request.path_params["job"]), request.path_params["name"]
-        path = view.workspace.resolve(f"{job.out}/{name}", "job", must_exist=False)
-        file = view.workspace.folder / path
-        if job.arguments[0] != "predict" or name not in ANSWER_FILES or not file.is_file():
+        job = view.jobs.find(request.path_params["job"])
+        file = view.find_answers(job, request.path_params["name"])
+        if file is None:
             raise HTTPException(404, "no such file")
         return FileResponse(file, headers=FILE_HEADERS, filename=f"{file.parent.name}{file.suffix}")
 

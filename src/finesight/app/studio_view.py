@@ -33,6 +33,7 @@ from finesight.app.workspace import (
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.files.bounded_files import read_text
+from finesight.infer.answer_tables import ANSWER_FILES, can_write_workbooks
 from finesight.ingest.source_options import SourceOptions
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.launch.launcher_component import LAUNCHERS
@@ -61,7 +62,8 @@ from finesight.settings.manifest import (
 )
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
-STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
+STEP_NAMES = {step: step.title() for step in STEPS}
+STEP_NAMES |= {"chat": "Use", "export": "Use in a program"}
 
 NO_RUN = "-"
 """Name in the URL for labelling without a run."""
@@ -151,9 +153,9 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "guard": {},
     "web": {"adapter": FormField("Compare with another run", default="none")},
     "predict": {
-        "images": FormField("Or a file or folder in the workspace", "photos"),
-        "prompt": FormField("Question for each image", "Read the ticket."),
-        "out": FormField("Name of the table", folder="answers"),
+        "images": FormField("File or folder in the workspace", "photos"),
+        "prompt": FormField("Question for each image", "Read the ticket.", lines=2),
+        "out": FormField("Name of the table", folder="answers", is_advanced=True),
         **dict.fromkeys(("data", "draw", "pages")),
     },
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
@@ -169,7 +171,7 @@ FORMS_OF_STEPS = {
     "plan": ("plan", "recipe", "editor"),
     "train": ("train", "search"),
     "results": ("eval", "guard"),
-    "chat": ("web", "predict"),
+    "chat": ("predict", "web"),
     "export": ("serve", "merge"),
 }
 
@@ -529,6 +531,8 @@ class StudioView:
             "outcome": meaning,
             "sentences": describe_result(job, result) if job else [],
             "commands": list_commands(job, result) if job else {},
+            "answer_files": self._list_answer_files(job),
+            "needs_openpyxl": not can_write_workbooks(),
             "warning": self._warn_of_few_samples(state),
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder.name,
@@ -553,6 +557,22 @@ class StudioView:
             "name_job": name_job,
             "no_run": NO_RUN,
         }
+
+    def _list_answer_files(self, job: Job | None) -> list[str]:
+        """Return the files of answers that a command has written."""
+        if job is None or job.arguments[0] != "predict" or job.status != "finished":
+            return []
+        return [name for name in ANSWER_FILES if self.find_answers(job, name) is not None]
+
+    def find_answers(self, job: Job, name: str) -> Path | None:
+        """Return a file of answers that a command has written; None for other files."""
+        if job.arguments[0] != "predict" or name not in ANSWER_FILES or not job.out:
+            return None
+        with contextlib.suppress(UserError):
+            file = self.workspace.folder / self.workspace.resolve(f"{job.out}/{name}", "job")
+            if file.is_file():
+                return file
+        return None
 
     def _warn_of_few_samples(self, state: StudioState) -> str:
         """Return a warning about few validation samples of the data or recipe; empty if enough."""

@@ -47,8 +47,8 @@ export const fetchPage = async (...values) => parse(await (await send(...values)
 /**
  * Uploads a file, and returns its ID and name, or its images. Files of a batch are kept together.
  */
-export const upload = async (file, batch = "") => {
-  const url = `uploads?${new URLSearchParams({ name: file.name, batch })}`;
+export const upload = async (file, batch = "", name = file.name) => {
+  const url = `uploads?${new URLSearchParams({ name, batch })}`;
   return (
     await check(await fetch(url, { method: "POST", headers: language(), body: file }))
   ).json();

@@ -37,6 +37,7 @@ const show = (page) => {
   ({ status } = shown);
   enableButtons();
   enableCompare();
+  markResult();
   showLocalTimes();
   wait(["running", "stopping"].includes(status) ? 1500 : 8000);
 };
@@ -72,6 +73,13 @@ const enableCompare = () => {
   if (!button) return;
   button.disabled = document.querySelectorAll("#runs input:checked").length < 2;
   button.nextElementSibling.hidden = !button.disabled;
+};
+
+/** The page has one blue button: that of the shown result, else that of its form. */
+const markResult = () => {
+  const hasResult = document.querySelector("#bottom .result-action") !== null;
+  for (const button of document.querySelectorAll("button[data-action=predict]"))
+    button.classList.toggle("primary", !hasResult);
 };
 
 /** Shows times in the time zone of the browser, which may differ from that of the server. */
@@ -117,13 +125,21 @@ const report = (title, error) => {
   field.focus();
 };
 
+/** Name of a file of a folder: files of equal names get those of their folders, too. */
+const nameUpload = (file, files) => {
+  const isUnique = files.every((other) => other === file || other.name !== file.name);
+  if (isUnique || !file.webkitRelativePath) return file.name;
+  return file.webkitRelativePath.replaceAll("/", "-");
+};
+
 const sendUploads = async () => {
   const files = [...(byId("upload")?.files ?? [])];
   const bar = byId("uploading");
   const batch = Math.random().toString(36);
   for (const [index, file] of files.entries()) {
     Object.assign(bar, { hidden: false, max: files.length, value: index });
-    if (!uploaded.has(file)) uploaded.set(file, (await upload(file, batch)).id);
+    if (!uploaded.has(file))
+      uploaded.set(file, (await upload(file, batch, nameUpload(file, files))).id);
   }
   if (bar) bar.hidden = true;
   return files.map((file) => uploaded.get(file));
@@ -159,7 +175,9 @@ const readRoles = () => {
 
 const isImage = (file) => /\.(jpe?g|png|webp|gif|bmp|tiff?|heic|avif)$/i.test(file.name);
 const isTable = (file) => /\.(csv|tsv|jsonl?|parquet|xlsx)$/i.test(file.name);
+const isReadable = (file) => isImage(file) || /\.pdf$/i.test(file.name);
 const MAX_THUMBNAILS = 12;
+const MAX_UPLOADS = 10000;
 
 const setHave = (have) => {
   for (const one of document.querySelectorAll("[data-have]"))
@@ -216,6 +234,27 @@ const showChosen = () => {
     byId("import:out").value = name;
     proposedName = name;
   }
+};
+
+/** Chooses the images of a folder; a folder has also other files, such as hidden ones. */
+const chooseFolder = (input) => {
+  const images = [...input.files].filter((file) => isReadable(file) && !file.name.startsWith("."));
+  input.value = "";
+  byId("message").hidden = true;
+  if (images.length === 0 || images.length > MAX_UPLOADS) {
+    const message = images.length
+      ? translate("Copy it into the workspace, and name it there.")
+      : translate("Choose a folder with images or PDF files.");
+    const title = images.length
+      ? translate("The folder has {} images, more than {}.", images.length, MAX_UPLOADS)
+      : translate("The folder has no images.");
+    report(title, { message });
+    return;
+  }
+  const transfer = new DataTransfer();
+  for (const image of images) transfer.items.add(image);
+  byId("upload").files = transfer.files;
+  showChosen();
 };
 
 const dropFiles = (event) => {
@@ -337,6 +376,7 @@ document.addEventListener("input", (event) => {
   if (event.target.id === "editor:text") isEdited = true;
   event.target.removeAttribute("aria-invalid");
   if (event.target.id === "upload") showChosen();
+  if (event.target.id === "upload-folder") chooseFolder(event.target);
   noteChange(event.target);
   chooseModel(event.target);
   enableCompare();

@@ -240,14 +240,14 @@ def test_ended_page_leads_to_its_step_and_items(folder):
             assert dict(parse_qsl(urlsplit(location).query)) == expected
 
 
-def test_running_server_has_its_address_to_copy_and_a_chat(folder, monkeypatch):
+def test_running_server_has_its_address_to_copy(folder, monkeypatch):
     add_run(folder)
     monkeypatch.setattr(Job, "is_ready", True)
     server = {"target": "runs/a", "port": 7, "exit_code": None}
     write_job(folder, "export", "serve runs/a --port 7", **server)
     shown = read_live(folder, "step=export&run=runs/a&lang=en")["bottom"]
     assert 'data-copy="http://127.0.0.1:7/v1"' in shown
-    assert "step=chat&amp;run=runs%2Fa" in shown
+    assert 'id="program"' not in shown, "its log does not name the address yet"
 
 
 def test_few_validation_samples_are_named_before_the_training(folder, page, monkeypatch):

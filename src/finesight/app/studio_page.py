@@ -39,7 +39,8 @@ from finesight.app.pages import (
     parse_body,
     render_page,
 )
-from finesight.app.request_jobs import RequestJobs
+from finesight.app.program_use import ask_server, read_key
+from finesight.app.request_jobs import RequestJobs, run_until_disconnect
 from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
     FORMS,
@@ -782,6 +783,51 @@ def make_preview_route(page: StudioPage) -> Route:
     return Route("/preview", post_preview, methods=["POST"])
 
 
+def make_program_routes(view: StudioView) -> list[Route]:
+    """Build the routes for the key of a running server, and for a test of it."""
+    image_jobs = RequestJobs(1)
+    tested = set[str]()
+
+    async def post_key(request: Request) -> Response:
+        job = view.jobs.find(request.path_params["job"])
+        content = {"key": await to_thread.run_sync(read_key, job)}
+        return JSONResponse(content, headers={"cache-control": "no-store"})
+
+    async def post_test(request: Request) -> Response:
+        await request.body()
+        job = view.jobs.find(request.path_params["job"])
+        if job.id in tested:
+            raise UserError(
+                "a test of this server is running",
+                where="job",
+                expected="one test at a time",
+                remedy="wait for its answer",
+            )
+        tested.add(job.id)
+        try:
+            content = await image_jobs.run(request, partial(view.read_example, job))
+            if content is None:
+                raise UserError(
+                    "there is no example image",
+                    where="job",
+                    expected="data of the run in the workspace",
+                    remedy="try the model in the step Use with images of your own",
+                )
+            start = time.monotonic()
+            answer = await run_until_disconnect(request, partial(ask_server, job, content))
+            seconds = time.monotonic() - start
+        finally:
+            tested.discard(job.id)
+        urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        reply = {"answer": answer, "images": urls, "seconds": f"{seconds:.1f}"}
+        return JSONResponse(reply, headers={"cache-control": "no-store"})
+
+    return [
+        Route("/servers/{job}/key", post_key, methods=["POST"]),
+        Route("/servers/{job}/test", post_test, methods=["POST"]),
+    ]
+
+
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     """Build the studio as an ASGI application with access control."""
     view = page.view
@@ -837,6 +883,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),
         make_preview_route(page),
+        *make_program_routes(view),
         Route("/pages/{job}/studio", get_job),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]

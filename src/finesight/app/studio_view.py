@@ -22,6 +22,12 @@ from finesight.app.job_results import describe_result, explain_metric, list_comm
 from finesight.app.jobs import Job, JobStore
 from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
 from finesight.app.pages import describe_error
+from finesight.app.program_use import (
+    Content,
+    build_default_content,
+    list_snippets,
+    read_example_content,
+)
 from finesight.app.studio_side import RunningJob, describe_running, find_step_states
 from finesight.app.workspace import (
     DATA_FILES,
@@ -531,6 +537,7 @@ class StudioView:
             "outcome": meaning,
             "sentences": describe_result(job, result) if job else [],
             "commands": list_commands(job, result) if job else {},
+            "program": self._describe_program(state) if is_running_server else None,
             "answer_files": self._list_answer_files(job),
             "needs_openpyxl": not can_write_workbooks(),
             "warning": self._warn_of_few_samples(state),
@@ -557,6 +564,34 @@ class StudioView:
             "name_job": name_job,
             "no_run": NO_RUN,
         }
+
+    def _describe_program(self, state: StudioState) -> dict[str, Any] | None:
+        """Return code and the example question for the selected server; None until it is ready."""
+        job = state.job
+        models = job.read_model_names() if job is not None else []
+        if job is None or not models:
+            return None
+        has_key = "--key-file" in job.arguments
+        content = self.read_example(job)
+        # The page has no data of the image, which the test shows.
+        return {
+            "address": job.address,
+            "model": models[0],
+            "has_key": has_key,
+            "has_example": content is not None,
+            "snippets": list_snippets(
+                job.address,
+                models[0],
+                content or build_default_content(self.workspace.read_prompt(state.run, None)),
+                has_key=has_key,
+            ),
+        }
+
+    def read_example(self, job: Job) -> Content | None:
+        """Return the example question for a server, from the data of its run; None without one."""
+        with contextlib.suppress(UserError):
+            return read_example_content(self.workspace, self.workspace.resolve(job.target, "job"))
+        return None
 
     def _list_answer_files(self, job: Job | None) -> list[str]:
         """Return the files of answers that a command has written."""

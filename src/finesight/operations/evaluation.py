@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
-from finesight.errors import Step, UserError, escape_surrogates, format_count, suggest_similar_path
+from finesight.errors import Step, UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, get_prompt_format, load_model
 from finesight.operations.operation import Outcome, Parameter, SkippedInputs, StrPath, to_path
 from finesight.operations.options import (

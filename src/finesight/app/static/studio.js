@@ -1,5 +1,6 @@
 import {
   byId,
+  copyText,
   create,
   describe,
   fetchPage,
@@ -78,7 +79,9 @@ const enableCompare = () => {
 /** The page has one blue button: that of the shown result, else that of its form. */
 const markResult = () => {
   const hasResult = document.querySelector("#bottom .result-action") !== null;
-  for (const button of document.querySelectorAll("button[data-action=predict]"))
+  for (const button of document.querySelectorAll(
+    "button[data-action=predict], button[data-action=serve]",
+  ))
     button.classList.toggle("primary", !hasResult);
 };
 
@@ -357,6 +360,69 @@ const act = async (button) => {
   }
 };
 
+// Use in a program: the key is asked for when it is shown or copied, and never stays in the page.
+
+const HIDDEN_KEY = "••••••••••••";
+
+const fetchKey = async (panel) => {
+  if (panel.dataset.hasKey !== "yes") return "";
+  return (await request(`servers/${panel.dataset.job}/key`, {})).key;
+};
+
+const showKey = (key) => {
+  for (const span of document.querySelectorAll("#program .api-key")) span.textContent = key;
+};
+
+const toggleKey = async (button) => {
+  const isShown = button.getAttribute("aria-pressed") === "true";
+  try {
+    showKey(isShown ? HIDDEN_KEY : await fetchKey(byId("program")));
+    button.setAttribute("aria-pressed", !isShown);
+    button.textContent = isShown ? button.dataset.show : button.dataset.hide;
+  } catch (error) {
+    report(translate("No key"), error);
+  }
+};
+
+const copyCode = async (button) => {
+  const code = button.parentElement.querySelector("code").cloneNode(true);
+  try {
+    const key = await fetchKey(byId("program"));
+    for (const span of code.querySelectorAll(".api-key")) span.textContent = key;
+    await copyText(code.textContent);
+    byId("announcement").textContent = translate("Copied");
+    button.textContent = translate("Copied");
+    setTimeout(() => {
+      button.textContent = translate("Copy");
+    }, 1500);
+  } catch (error) {
+    report(translate("Not copied"), error);
+  }
+};
+
+const testServer = async (button) => {
+  const result = byId("test-result");
+  byId("message").hidden = true;
+  button.disabled = true;
+  result.replaceChildren(create("p", { class: "soft" }, translate("The model is reading…")));
+  try {
+    const answer = await request(`servers/${byId("program").dataset.job}/test`, {});
+    const images = answer.images.map((src) =>
+      create("img", { src, alt: translate("Image of the test") }),
+    );
+    const time = translate("Answer after {} s", answer.seconds);
+    const text = create("pre", { tabindex: "0", role: "region", "aria-label": time });
+    text.textContent = answer.answer;
+    const answered = create("div", {}, create("p", { class: "soft small" }, time), text);
+    result.replaceChildren(...images, answered);
+  } catch (error) {
+    result.replaceChildren();
+    report(translate("The test has failed"), error);
+  } finally {
+    button.disabled = false;
+  }
+};
+
 const showKinds = () => {
   const kind = byId("label:kind")?.value;
   for (const field of document.querySelectorAll("[data-kinds]")) {
@@ -394,6 +460,8 @@ document.addEventListener("click", async (event) => {
   if (button?.dataset.action) {
     event.preventDefault();
     await act(button);
+  } else if (button?.dataset.program) {
+    await { key: toggleKey, copy: copyCode, test: testServer }[button.dataset.program](button);
   } else if (button?.dataset.have) {
     setHave(button.dataset.have);
   } else if (button && "prompt" in button.dataset) {

@@ -470,6 +470,12 @@ def test_many_images_are_read_into_tables(folder, page, started):
     write_file(folder / "answers/a/answers.csv", b"image")
     shown = read_live(folder, "step=chat")["bottom"]
     assert re.findall('href="(answers/.*?)"', shown) == ["answers/1/answers.csv"]
+    assert "First answers" not in shown
+    answer = b'{"id": "1", "image": "photos/01.png", "answer": "<i>red</i>"}\n'
+    write_file(folder / "answers/a/answers.jsonl", answer)
+    shown = read_live(folder, "step=chat")["bottom"]
+    assert re.findall("<td>(.*?)</td>", shown) == ["01.png", "&lt;i&gt;red&lt;/i&gt;"]
+    (folder / "answers/a/answers.jsonl").unlink()
     write_file(folder / "answers/a/answers.xlsx", b"workbook")
     shown = read_live(folder, "step=chat")["bottom"]
     main, *others = re.findall('class="button(.*?)" href="answers/1/answers.(.*?)"', shown)

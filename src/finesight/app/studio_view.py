@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from finesight.app.answer_preview import read_answer_preview
 from finesight.app.job_results import describe_result, explain_metric, list_commands
 from finesight.app.jobs import Job, JobStore
 from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
@@ -39,7 +40,7 @@ from finesight.app.workspace import (
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.files.bounded_files import read_text
-from finesight.infer.answer_tables import ANSWER_FILES, can_write_workbooks
+from finesight.infer.answer_tables import ANSWER_FILES, JSONL_FILE, AnswerTable, can_write_workbooks
 from finesight.ingest.source_options import SourceOptions
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.launch.launcher_component import LAUNCHERS
@@ -539,6 +540,7 @@ class StudioView:
             "commands": list_commands(job, result) if job else {},
             "program": self._describe_program(state) if is_running_server else None,
             "answer_files": self._list_answer_files(job),
+            "answers": self._preview_answers(job),
             "needs_openpyxl": not can_write_workbooks(),
             "warning": self._warn_of_few_samples(state),
             "is_ready": is_running_server and job is not None and job.is_ready,
@@ -598,6 +600,13 @@ class StudioView:
         if job is None or job.arguments[0] != "predict" or job.status != "finished":
             return []
         return [name for name in ANSWER_FILES if self.find_answers(job, name) is not None]
+
+    def _preview_answers(self, job: Job | None) -> AnswerTable | None:
+        """Return the first answers of a finished reading."""
+        if job is None or job.status != "finished":
+            return None
+        file = self.find_answers(job, JSONL_FILE)
+        return read_answer_preview(file) if file is not None else None
 
     def find_answers(self, job: Job, name: str) -> Path | None:
         """Return a file of answers that a command has written; None for other files."""

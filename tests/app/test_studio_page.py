@@ -32,7 +32,7 @@ from studio_fixtures import (
 )
 
 from finesight.app import studio_page, studio_view
-from finesight.app.jobs import Job
+from finesight.app.jobs import Job, JobStore
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
     FORMS,
@@ -496,13 +496,41 @@ def test_name_of_a_table_is_that_of_a_folder(folder, page, started):
     assert started[0][-1] == "answers/a"
 
 
+def test_two_tabs_read_their_own_images(folder, page, monkeypatch):
+    """Both propose the same name, of which no folder exists while the first one runs."""
+    add_run(folder)
+    started: list[list[str]] = []
+
+    def start(jobs, step, target, arguments, **options):
+        started.append(arguments)
+        name = str(len(started))
+        return write_job(folder, step, " ".join(arguments), name=name, exit_code=None)
+
+    monkeypatch.setattr(JobStore, "start", start)
+    texts = {"predict:prompt": "Color?", "predict:out": "a"}
+    for number in (1, 2):
+        uploads = [store_upload(page, folder / f"photos/0{number}.png")]
+        form = Form(texts=texts, uploads=uploads)
+        page.run_action("predict", Selection(step="chat", run="runs/a"), form)
+    outs = [(words[2], words[-1]) for words in started]
+    assert outs == [("uploads/a/01.png", "answers/a"), ("uploads/a-2/02.png", "answers/a-2")]
+    files = {file.name for file in (folder / "uploads/a-2").glob("*.png")}
+    assert files == {"02.png"}
+    # A rejected form leaves no files behind.
+    uploads = [store_upload(page, folder / "photos/03.png")]
+    form = Form(texts={**texts, "predict:batch_size": "x"}, uploads=uploads)
+    with pytest.raises(UserError):
+        page.run_action("predict", Selection(step="chat", run="runs/a"), form)
+    assert not (folder / "uploads/a-3").exists()
+
+
 @pytest.mark.parametrize("out", ["../outside", ".finesight/jobs/1", "answers/link", "-x", ""])
 def test_answers_of_a_received_workspace_are_in_its_folder(folder, out):
     """A job file may name any folder."""
     add_run(folder)
     outside = folder.parent / "outside"
-    for place in (outside, folder / ".finesight/jobs/1", folder / "-x", folder):
-        write_file(place / "answers.csv", b"secret")
+    for parent in (outside, folder / ".finesight/jobs/1", folder / "-x", folder):
+        write_file(parent / "answers.csv", b"secret")
     (folder / "answers").mkdir()
     (folder / "answers/link").symlink_to(outside)
     options = f"--out {out}" if out else ""

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def test_fields_of_answers_are_columns():
     records = [{"id": "1", "image": ["a", "b"], "prompt": "?", "answer": one} for one in answers]
     table = build_table(records)
     assert [*table.header] == ["id", "image", "prompt", "answer", "price", "answer.answer"]
-    assert [tuple(row[4:]) for row in table.rows] == [(3, "x"), (4, None), (None, None)]
+    fields = [tuple(row[4:]) for row in table.rows]
+    assert fields == [(3, "x"), (4, None), (None, None)]
     assert table.rows[0][1] == "a, b"
     assert [*build_table(records[2:]).header] == ["id", "image", "prompt", "answer"]
 
@@ -76,9 +78,14 @@ def test_thumbnails_are_beside_their_rows(tmp_path):
         [tmp_path / "text.png", tmp_path / "c.png"],
         [],
     ]
-    _, sheet = open_workbook(AnswerTable(["answer"], [[name] for name in "abcd"]), images)
-    shown = [(one.anchor._from.row, one.width, one.height) for one in sheet._images]
-    assert shown == [(1, 120, 30), (3, 10, 20)]
+    table = AnswerTable(["answer"], [[name] for name in "abcd"])
+    content, sheet = open_workbook(table, images)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        drawing = archive.read("xl/drawings/drawing1.xml").decode()
+        files = sorted(name for name in archive.namelist() if "/media/" in name)
+        sizes = [Image.open(io.BytesIO(archive.read(name))).size for name in files]
+    assert re.findall(r"<(?:\w+:)?row>(\d+)<", drawing) == ["1", "3"]
+    assert sizes == [(120, 30), (10, 20)]
     assert [cell.value for cell in sheet["B"]] == ["answer", *"abcd"]
     assert sheet.row_dimensions[2].height > 20
 
@@ -89,8 +96,9 @@ def test_limits_of_a_workbook_are_notes(tmp_path, monkeypatch):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     notes: list[str] = []
     images = [[tmp_path / "a.png"]] * 3
-    _, sheet = open_workbook(AnswerTable(["answer"], [[1], [2], [3]]), images, notes.append)
-    assert (sheet.max_row, len(sheet._images)) == (3, 1)
+    table = AnswerTable(["answer"], [[1], [2], [3]])
+    content, sheet = open_workbook(table, images, notes.append)
+    assert (sheet.max_row, content.count(b"xl/media/image")) == (3, 2), "twice in the archive"
     assert notes == [
         "the workbook has the first 2 of 3 answers",
         "the workbook has thumbnails of the first 1 images",

@@ -18,7 +18,7 @@ MAX_PREVIEW_CHARS = 160
 
 
 def read_answer_preview(file: Path) -> AnswerTable | None:
-    """Return the first rows of a JSONL file of answers; None for a file of another form.
+    """Return the first answers of a JSONL file; None for other content.
 
     Rows have the name of the image and the fields of the answer, or the answer without fields.
     """

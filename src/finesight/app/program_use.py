@@ -69,7 +69,7 @@ def build_default_content(prompt: str) -> Content:
 
 
 def read_example_content(workspace: Workspace, run: Path) -> Content | None:
-    """Return the question of the first sample of a run with its images; None without one.
+    """Return the first question of a run with images, or None.
 
     Only images in the workspace are read.
     """
@@ -98,7 +98,7 @@ def _read_version(workspace: Workspace, file: Path, version: int) -> Content | N
 
 
 def read_question(state: object, workspace: Path, file: Path) -> JobOutput:
-    """Return the first question of a data file, with images as data URLs, in a worker process.
+    """Read the first question of a data file with its images as data URLs.
 
     Args:
         state: State of the worker process, which is not used.
@@ -167,7 +167,7 @@ def list_snippets(address: str, model: str, content: Content, *, has_key: bool) 
 
 def _format_json(value: object, indent: int | None = None) -> str:
     """Return JSON that is also code of Python and JavaScript: it has only texts."""
-    # A text that looks like the place of the key must not become one.
+    # The question must not contain the mark of the key.
     text = json.dumps(value, ensure_ascii=False, indent=indent).replace(
         KEY_MARK, KEY_MARK.replace("_", "\\u005f")
     )

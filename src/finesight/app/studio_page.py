@@ -628,12 +628,22 @@ class StudioPage:
             name = texts["predict:out"] = Path(name).stem
         if bool(form.uploads) == bool(form.get("predict:images")):
             raise build_missing_error("files")
-        self.view.workspace.check_new_name("answers", name)
-        if form.uploads:
-            files = [*map(self.uploads.find, form.uploads)]
-            texts["predict:images"] = str(self.view.workspace.save_uploads(files, name))
-        form = form.model_copy(update={"texts": texts})
-        url = self._run(state, form, operation="predict")
+        workspace = self.view.workspace
+        workspace.check_new_name("answers", name)
+        # Another tab may have proposed the same name, and its command may still be running.
+        name = workspace.find_free_name(name, "answers/{}", taken=self._list_written_files())
+        texts["predict:out"] = name
+        if not form.uploads:
+            return self._run(state, form.model_copy(update={"texts": texts}), operation="predict")
+        files = [*map(self.uploads.find, form.uploads)]
+        # The files of an earlier reading would be read again.
+        folder = workspace.find_free_name(name, "uploads/{}")
+        texts["predict:images"] = str(workspace.save_uploads(files, folder))
+        try:
+            url = self._run(state, form.model_copy(update={"texts": texts}), operation="predict")
+        except UserError:
+            workspace.move_to_trash(Path("uploads", folder))
+            raise
         self.uploads.remove(form.uploads)
         return url
 
@@ -784,9 +794,9 @@ def make_preview_route(page: StudioPage) -> Route:
 
 
 def make_program_routes(view: StudioView) -> list[Route]:
-    """Build the routes for the key of a running server, and for a test of it."""
+    """Build the routes of the key and the test of a server."""
     image_jobs = RequestJobs(1)
-    tested = set[str]()
+    testing = set[str]()
 
     async def post_key(request: Request) -> Response:
         job = view.jobs.find(request.path_params["job"])
@@ -796,14 +806,14 @@ def make_program_routes(view: StudioView) -> list[Route]:
     async def post_test(request: Request) -> Response:
         await request.body()
         job = view.jobs.find(request.path_params["job"])
-        if job.id in tested:
+        if job.id in testing:
             raise UserError(
                 "a test of this server is running",
                 where="job",
                 expected="one test at a time",
                 remedy="wait for its answer",
             )
-        tested.add(job.id)
+        testing.add(job.id)
         try:
             content = await image_jobs.run(request, partial(view.read_example, job))
             if content is None:
@@ -817,7 +827,7 @@ def make_program_routes(view: StudioView) -> list[Route]:
             answer = await run_until_disconnect(request, partial(ask_server, job, content))
             seconds = time.monotonic() - start
         finally:
-            tested.discard(job.id)
+            testing.discard(job.id)
         urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
         reply = {"answer": answer, "images": urls, "seconds": f"{seconds:.1f}"}
         return JSONResponse(reply, headers={"cache-control": "no-store"})

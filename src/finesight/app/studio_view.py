@@ -590,7 +590,7 @@ class StudioView:
         }
 
     def read_example(self, job: Job) -> Content | None:
-        """Return the example question for a server, from the data of its run; None without one."""
+        """Return the example question of the run of a server, or None."""
         with contextlib.suppress(UserError):
             return read_example_content(self.workspace, self.workspace.resolve(job.target, "job"))
         return None

@@ -54,8 +54,8 @@ POINTS_PER_PIXEL = 0.75
 COLUMN_WIDTHS = {"thumbnail": 18, "id": 18, "image": 30, "prompt": 24, "answer": 48}
 DEFAULT_WIDTH = 18
 
-# Spreadsheets evaluate such texts, in some languages also after a full-width sign. Numbers with a
-# sign are no formulas.
+# Spreadsheets evaluate such texts, in some languages also after a full-width sign. Signed values
+# are no formulas.
 _FORMULA_START = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+\-](?![\d.,]*$)")
 _INVALID_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _XML_ESCAPE = re.compile(r"_(?=x[0-9A-Fa-f]{4}_)")
@@ -98,7 +98,7 @@ def build_table(records: Sequence[Mapping[str, Any]]) -> AnswerTable:
 
 
 def format_csv(table: AnswerTable) -> str:
-    """Format a table as CSV with a byte order mark, which Excel needs, and without formulas."""
+    """Format a table as CSV with a byte order mark and without formulas."""
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(map(_format_csv_cell, table.header))
@@ -137,7 +137,7 @@ def format_workbook(
     images: Sequence[Sequence[Path]],
     on_note: Callable[[str], object],
 ) -> bytes:
-    """Format a table as an Excel workbook with a thumbnail in the first column of each row.
+    """Format a table as an Excel workbook with thumbnails.
 
     Args:
         images: Images of each row, of which the first readable one is shown.
@@ -164,8 +164,8 @@ def format_workbook(
         cell = WriteOnlyCell(sheet, content)
         cell.alignment = alignment
         if isinstance(content, str):
-            # Otherwise openpyxl writes a text with an equals sign as a formula. With the prefix, it
-            # also stays a text when somebody edits the cell.
+            # Otherwise openpyxl writes a text with an equals sign as a formula. The prefix
+            # preserves the text when the cell is edited.
             cell.data_type = "s"
             cell.quotePrefix = True
         if is_header:
@@ -180,10 +180,10 @@ def format_workbook(
             thumbnail = make_thumbnail(images[number - 2])
         if thumbnail is not None:
             num_thumbnails += 1
-            picture = SheetImage(thumbnail)
-            picture.anchor = f"A{number}"
-            sheet.add_image(picture)
-            sheet.row_dimensions[number].height = (picture.height + 8) * POINTS_PER_PIXEL
+            sheet_image = SheetImage(thumbnail)
+            sheet_image.anchor = f"A{number}"
+            sheet.add_image(sheet_image)
+            sheet.row_dimensions[number].height = (sheet_image.height + 8) * POINTS_PER_PIXEL
         sheet.append([None, *map(make_cell, row)])
     last = get_column_letter(len(names))
     sheet.auto_filter.ref = f"A1:{last}{min(len(table.rows), MAX_SHEET_ROWS) + 1}"
@@ -222,7 +222,7 @@ def _convert_cell(value: object) -> str | float | None:
     if isinstance(value, float) and math.isfinite(value):
         return value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    # A workbook is XML, in which some characters cannot be, and _x0041_ stands for one.
+    # XML excludes some characters. Excel reads _x0041_ as an escaped character.
     text = _INVALID_XML.sub("\ufffd", escape_surrogates(text))
     return _XML_ESCAPE.sub("_x005F_", text[:MAX_CELL_CHARS])
 

@@ -12,9 +12,8 @@ from run_dir_fixtures import MANIFEST
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
-from finesight.evaluate import generation_eval
-from finesight.infer import answer_tables
-from finesight.infer.answer_tables import CSV_FILE, JSONL_FILE, XLSX_FILE
+from finesight.evaluate import answer_tables, generation_eval
+from finesight.evaluate.answer_tables import CSV_FILE, JSONL_FILE, XLSX_FILE
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_question, generate
 from finesight.samples.sample import ImagePart, write_samples

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finesight.errors import UserError, escape_unprintable, shorten
+from finesight.evaluate.answer_tables import TABLE_COLUMNS, AnswerTable, build_table
 from finesight.files.bounded_files import open_regular_file
-from finesight.infer.answer_tables import TABLE_COLUMNS, AnswerTable, build_table
 
 MAX_PREVIEW_BYTES = 1 << 18
 MAX_PREVIEW_ROWS = 5

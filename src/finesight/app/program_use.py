@@ -147,12 +147,17 @@ def list_snippets(address: str, model: str, content: Content, *, has_key: bool) 
     parts: Content = []
     for part in content:
         if part["type"] == "image_url":
-            files.append(f"photo-{len(files) + 1}.jpg" if num_images > 1 else "photo.jpg")
+            name = "photo.jpg"
+            if num_images > 1:
+                name = f"photo-{len(files) + 1}.jpg"
+            files.append(name)
             parts.append({"type": "image_url", "image_url": {"url": f"\0{files[-1]}\0"}})
         else:
             text = shorten(part["text"].replace("\0", ""), MAX_PROMPT_CHARS)
             parts.append({"type": "text", "text": text})
-    key = KEY_MARK if has_key else "no-key"
+    key = "no-key"
+    if has_key:
+        key = KEY_MARK
     writers = {
         ("Python", "ask.py"): _write_python,
         ("JavaScript", "ask.mjs"): _write_javascript,
@@ -161,7 +166,8 @@ def list_snippets(address: str, model: str, content: Content, *, has_key: bool) 
     snippets: list[Snippet] = []
     for (name, file), write in writers.items():
         code = write(address, model, parts, files, key)
-        snippets.append(Snippet(name, file, code.split(KEY_MARK) if has_key else [code]))
+        # Without a key, the code does not have its mark.
+        snippets.append(Snippet(name, file, code.split(KEY_MARK)))
     return snippets
 
 

@@ -58,9 +58,9 @@ from finesight.app.studio_view import (
 from finesight.app.thumbnail import EMPTY_IMAGE, read_thumbnail
 from finesight.app.workspace import as_argument
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
+from finesight.evaluate.answer_tables import TABLE_SUFFIXES
 from finesight.files.storage import temporary_folder, translate_os_errors
 from finesight.files.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
-from finesight.infer.answer_tables import TABLE_SUFFIXES
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import Parameter, list_words

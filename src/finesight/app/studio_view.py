@@ -38,9 +38,14 @@ from finesight.app.workspace import (
     as_argument,
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
+from finesight.evaluate.answer_tables import (
+    ANSWER_FILES,
+    JSONL_FILE,
+    AnswerTable,
+    can_write_workbooks,
+)
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.files.bounded_files import read_text
-from finesight.infer.answer_tables import ANSWER_FILES, JSONL_FILE, AnswerTable, can_write_workbooks
 from finesight.ingest.source_options import SourceOptions
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.launch.launcher_component import LAUNCHERS

@@ -255,9 +255,9 @@ def predict(
         images_per_question: Number of image files in a question, which follow one another. Default:
             that of the training samples of a run, else 1.
     """
+    from finesight.evaluate import answer_tables
     from finesight.evaluate.generation_eval import predict_answers
     from finesight.files.storage import check_new_path, check_writable_folder
-    from finesight.infer import answer_tables
     from finesight.infer.prediction import describe_reduced_batch, save_annotated_images
 
     target = to_path(out)
@@ -320,8 +320,8 @@ def _write_answers(
     console: ProgressConsole,
 ) -> None:
     """Write answers to a file of the format of its suffix, or all formats to a folder."""
+    from finesight.evaluate import answer_tables
     from finesight.files.storage import write_file, write_folder, write_new_file
-    from finesight.infer import answer_tables
 
     def note(text: str) -> None:
         console.log(f"note: {text}")

@@ -9,8 +9,8 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from finesight.infer import answer_tables
-from finesight.infer.answer_tables import AnswerTable, build_table, format_csv, format_workbook
+from finesight.evaluate import answer_tables
+from finesight.evaluate.answer_tables import AnswerTable, build_table, format_csv, format_workbook
 
 FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "=1", "\uff1d1+1")
 """Texts that a spreadsheet would evaluate."""

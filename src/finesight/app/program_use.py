@@ -6,6 +6,7 @@ it, and to the server of a test, whose process has reported that it listens at i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -307,6 +308,7 @@ async def ask_server(job: Job, content: Content) -> str:
     try:
         # Neither a proxy of the environment nor another address may get the key.
         async with (
+            asyncio.timeout(MAX_TEST_SECONDS),
             httpx2.AsyncClient(trust_env=False, timeout=MAX_TEST_SECONDS) as client,
             client.stream(
                 "POST", f"{job.address}/chat/completions", json=body, headers=headers
@@ -317,7 +319,7 @@ async def ask_server(job: Job, content: Content) -> str:
                 received += chunk
                 if len(received) > MAX_ANSWER_BYTES:
                     break
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, TimeoutError) as error:
         raise UserError(
             f"the server does not answer ({type(error).__name__})",
             where="job",

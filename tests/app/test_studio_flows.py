@@ -1,17 +1,22 @@
 """Ways through the studio in a browser, without a terminal."""
 
 import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import get_args
 
+import httpx2
+import openpyxl
 import pytest
 from browser import Browser
 from label_fixtures import COLORS, ask_server, draw_dots
@@ -102,6 +107,9 @@ class StudioDriver:
     def upload(self, files: Sequence[Path]) -> None:
         field = self.browser.driver.find_element("css selector", "#upload")
         field.send_keys("\n".join(map(str, files)))
+
+    def click_program(self, name: str) -> None:
+        self.browser.click(f"#program [data-program={name}]")
 
     def click(self, action: str) -> None:
         button = f"button[data-action='{action}']"
@@ -384,6 +392,55 @@ def test_two_runs_are_compared_in_report_and_chat(
     assert chat.read_texts(".reply h3") == ["two", "one"]
     studio.check()
     studio.run("chat", "stop", "stopped")
+
+
+def test_trained_run_reads_a_folder_and_answers_a_program(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    import_photos(folder, ("one", 1))
+    with contextlib.chdir(folder):
+        assert run_command(["train", "one.yaml"]) == 0
+    new = folder.parent / "new"
+    for name in ("a/1.png", "b/1.png", "b/=2.png", "notes.txt", ".hidden.png"):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "photos/00.png", new / name)
+    studio.open("chat")
+    browser.driver.find_element("css selector", "#upload-folder").send_keys(str(new))
+    studio.wait_for("document.querySelector('#chosen')?.textContent.startsWith('Images: 3.')")
+    assert browser.run(MAIN_BUTTONS_SCRIPT) == ["Read the images"]
+    studio.click("predict")
+    studio.wait_for("document.querySelector('.downloads')")
+    assert browser.run(MAIN_BUTTONS_SCRIPT) == ["Download for Excel"]
+    names = browser.read_texts(".answers td:first-child")
+    assert sorted(names) == ["=2.png", "new-a-1.png", "new-b-1.png"], "equal names get folders"
+    (link,) = browser.run(
+        "return [...document.querySelectorAll('.downloads .primary')].map(String);"
+    )
+    answer = httpx2.get(link)
+    assert "attachment" in answer.headers["content-disposition"]
+    sheet = openpyxl.load_workbook(io.BytesIO(answer.content)).active
+    assert sheet.max_row == 4
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert sum("/media/" in name for name in archive.namelist()) == 3
+    assert browser.find_layout_problems() == []
+    studio.check()
+
+    studio.open("export")
+    studio.click("serve")
+    studio.wait_for("document.querySelector('[data-program=test]')")
+    assert browser.run(MAIN_BUTTONS_SCRIPT) == ["Test with an image of the run"]
+    studio.click_program("test")
+    studio.wait_for("document.querySelector('#test-result pre')?.textContent")
+    shown = browser.read_texts("#test-result pre")
+    # The answer stays while the page is updated.
+    browser.run("return new Promise((resolve) => setTimeout(resolve, 3500));")
+    assert browser.read_texts("#test-result pre") == shown
+    for number in (1, 2, 3):
+        browser.click(f"#snippet-{number}")
+        assert browser.find_layout_problems() == []
+    studio.check()
+    studio.run("export", "stop", "stopped")
+    studio.wait_for("!document.querySelector('#program')")
 
 
 def test_every_step_fits_and_is_accessible_in_both_languages(

@@ -32,7 +32,7 @@ from studio_fixtures import (
 )
 
 from finesight.app import studio_page, studio_view
-from finesight.app.jobs import Job
+from finesight.app.jobs import Job, JobStore
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
     FORMS,
@@ -240,14 +240,14 @@ def test_ended_page_leads_to_its_step_and_items(folder):
             assert dict(parse_qsl(urlsplit(location).query)) == expected
 
 
-def test_running_server_has_its_address_to_copy_and_a_chat(folder, monkeypatch):
+def test_running_server_has_its_address_to_copy(folder, monkeypatch):
     add_run(folder)
     monkeypatch.setattr(Job, "is_ready", True)
     server = {"target": "runs/a", "port": 7, "exit_code": None}
     write_job(folder, "export", "serve runs/a --port 7", **server)
     shown = read_live(folder, "step=export&run=runs/a&lang=en")["bottom"]
     assert 'data-copy="http://127.0.0.1:7/v1"' in shown
-    assert "step=chat&amp;run=runs%2Fa" in shown
+    assert 'id="program"' not in shown, "its log does not name the address yet"
 
 
 def test_few_validation_samples_are_named_before_the_training(folder, page, monkeypatch):
@@ -466,14 +466,89 @@ def test_many_images_are_read_into_tables(folder, page, started):
     options = ["--prompt", "Color?", "--out", "answers/a"]
     assert started == [["predict", "runs/a", path, *options] for path in ("uploads/a", "photos")]
     write_job(folder, "chat", " ".join(started[0]), target="runs/a", exit_code=0)
+    assert "deleted or moved" in read_live(folder, "step=chat")["bottom"]
     write_file(folder / "answers/a/answers.csv", b"image")
-    assert 'href="answers/1/answers.csv"' in read_live(folder, "step=chat")["bottom"]
+    shown = read_live(folder, "step=chat")["bottom"]
+    assert re.findall('href="(answers/.*?)"', shown) == ["answers/1/answers.csv"]
+    assert "First answers" not in shown
+    answer = b'{"id": "1", "image": "photos/01.png", "answer": "<i>red</i>"}\n'
+    write_file(folder / "answers/a/answers.jsonl", answer)
+    shown = read_live(folder, "step=chat")["bottom"]
+    assert re.findall("<td>(.*?)</td>", shown) == ["01.png", "&lt;i&gt;red&lt;/i&gt;"]
+    (folder / "answers/a/answers.jsonl").unlink()
+    write_file(folder / "answers/a/answers.xlsx", b"workbook")
+    shown = read_live(folder, "step=chat")["bottom"]
+    main, *others = re.findall('class="button(.*?)" href="answers/1/answers.(.*?)"', shown)
+    assert (main, others) == ((" primary result-action", "xlsx"), [("", "csv")])
     with open_client(folder) as client:
         table = client.get("/answers/1/answers.csv")
         assert (table.text, "attachment" in table.headers["content-disposition"]) == ("image", True)
         for path in ("1/answers.jsonl", "1/sha256.json"):
             assert client.get(f"/answers/{path}").status_code == 404
         assert client.get("/answers/2/answers.csv").status_code == 422
+
+
+def test_name_of_a_table_is_that_of_a_folder(folder, page, started):
+    """With a suffix, the command would write a single file, which the page does not show."""
+    add_run(folder)
+    texts = {"predict:prompt": "?", "predict:images": "photos", "predict:out": "a.XLSX"}
+    page.run_action("predict", Selection(step="chat", run="runs/a"), Form(texts=texts))
+    assert started[0][-1] == "answers/a"
+
+
+def test_two_tabs_read_their_own_images(folder, page, monkeypatch):
+    """Both propose the same name, of which no folder exists while the first one runs."""
+    add_run(folder)
+    started: list[list[str]] = []
+
+    def start(jobs, step, target, arguments, **options):
+        started.append(arguments)
+        name = str(len(started))
+        return write_job(folder, step, " ".join(arguments), name=name, exit_code=None)
+
+    monkeypatch.setattr(JobStore, "start", start)
+    texts = {"predict:prompt": "Color?", "predict:out": "a"}
+    for number in (1, 2):
+        uploads = [store_upload(page, folder / f"photos/0{number}.png")]
+        form = Form(texts=texts, uploads=uploads)
+        page.run_action("predict", Selection(step="chat", run="runs/a"), form)
+    outs = [(words[2], words[-1]) for words in started]
+    assert outs == [("uploads/a/01.png", "answers/a"), ("uploads/a-2/02.png", "answers/a-2")]
+    files = {file.name for file in (folder / "uploads/a-2").glob("*.png")}
+    assert files == {"02.png"}
+    # A rejected form leaves no files behind.
+    uploads = [store_upload(page, folder / "photos/03.png")]
+    form = Form(texts={**texts, "predict:batch_size": "x"}, uploads=uploads)
+    with pytest.raises(UserError):
+        page.run_action("predict", Selection(step="chat", run="runs/a"), form)
+    assert not (folder / "uploads/a-3").exists()
+
+
+@pytest.mark.parametrize("out", ["../outside", ".finesight/jobs/1", "answers/link", "-x", ""])
+def test_answers_of_a_received_workspace_are_in_its_folder(folder, out):
+    """A job file may name any folder."""
+    add_run(folder)
+    outside = folder.parent / "outside"
+    for parent in (outside, folder / ".finesight/jobs/1", folder / "-x", folder):
+        write_file(parent / "answers.csv", b"secret")
+    (folder / "answers").mkdir()
+    (folder / "answers/link").symlink_to(outside)
+    options = f"--out {out}" if out else ""
+    write_job(folder, "chat", f"predict runs/a photos {options}", target="runs/a", exit_code=0)
+    assert "answers.csv" not in read_live(folder, "step=chat&run=runs/a")["bottom"]
+    with open_client(folder) as client:
+        assert client.get("/answers/1/answers.csv").status_code == 404
+
+
+def test_folders_of_uploads_are_proposed(folder, page):
+    add_run(folder)
+    for name in ("b", ".hidden", "<i>"):
+        (folder / "uploads" / name).mkdir(parents=True)
+    (folder / "uploads/link").symlink_to(folder)
+    (folder / "uploads/mapping.yaml").touch()
+    shown = page.render(Selection(step="chat", run="runs/a"))
+    found = re.findall('<option value="(uploads/.*?)">', shown)
+    assert sorted(found) == ["uploads/&lt;i&gt;", "uploads/b"]
 
 
 def test_label_form_offers_the_prompt_of_the_data(folder, page):

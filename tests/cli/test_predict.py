@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import openpyxl
 import pytest
 from engine_fixtures import make_sample, write_noise_image
 from PIL import Image
@@ -11,10 +12,10 @@ from run_dir_fixtures import MANIFEST
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
-from finesight.evaluate import generation_eval
+from finesight.evaluate import answer_tables, generation_eval
+from finesight.evaluate.answer_tables import CSV_FILE, JSONL_FILE, XLSX_FILE
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_question, generate
-from finesight.operations.evaluation import ANSWER_FILES
 from finesight.samples.sample import ImagePart, write_samples
 from finesight.settings.manifest import MANIFEST_FILE
 
@@ -124,7 +125,7 @@ def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatc
 
     monkeypatch.setattr(generation_eval, "predict", read)
     cli("predict", tiny, folder, *ASK, "--out", out)
-    with (out / ANSWER_FILES[0]).open(encoding="utf-8-sig", newline="") as file:
+    with (out / CSV_FILE).open(encoding="utf-8-sig", newline="") as file:
         head, *rows = csv.reader(file)
     assert head[:7] == ["id", "image", "prompt", "answer", "answer.id", "boxes", "cost"]
     assert [Path(row[1]).name for row in rows] == ["a.png", "b.png"]
@@ -132,14 +133,35 @@ def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatc
         [f"'{answers[0]}", "", "", ""],
         [answers[1], "'=1+1", "[1, 2]", "-1e-05"],
     ]
-    lines = (out / ANSWER_FILES[1]).read_text().splitlines()
+    lines = (out / JSONL_FILE).read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == answers
+    sheet = openpyxl.load_workbook(out / XLSX_FILE).active
+    assert [cell.value for cell in sheet["E"]] == ["answer", *answers]
+    for suffix in ("csv", "xlsx", "jsonl"):
+        file = tmp_path / f"own.{suffix}"
+        cli("predict", tiny, folder, *ASK, "--out", file)
+        if suffix != "xlsx":  # a workbook has the time at which it was written
+            assert file.read_bytes() == (out / f"answers.{suffix}").read_bytes()
+    assert openpyxl.load_workbook(file.with_suffix(".xlsx")).active.max_row == 3
     assert "exists already" in cli("predict", tiny, folder, *ASK, "--out", out, code=2).err
     monkeypatch.undo()
     (hidden := tmp_path / ".photos").mkdir()
     assert "without images" in cli("predict", tiny, hidden, *ASK, code=2).err
     shutil.copy(image_paths[0], hidden)
     assert cli("predict", tiny, hidden, *ASK).out.startswith(str(hidden))
+
+
+def test_workbook_without_its_package(tiny, image_paths, tmp_path, monkeypatch, cli):
+    """A folder of answers has the other files; a workbook fails before the model is loaded."""
+    monkeypatch.setattr(answer_tables, "can_write_workbooks", lambda: False)
+    out = tmp_path / "answers"
+    printed = cli("predict", tiny, image_paths[0], *ASK, "--out", out)
+    assert "without answers.xlsx" in printed.err
+    assert {file.name for file in out.iterdir()} == {CSV_FILE, JSONL_FILE, "sha256.json"}
+    file = tmp_path / "own.XLSX"
+    error = cli("predict", "gone/model", image_paths[0], *ASK, "--out", file, code=2).err
+    assert "finesight[xlsx]" in error
+    assert not file.exists()
 
 
 def test_annotated_images_are_written_beside_text(tiny, image_paths, tmp_path, cli):
@@ -240,7 +262,7 @@ def test_unreadable_images_are_skipped_and_named(tiny, tmp_path, cli, is_data):
         words = ("--data", folder / "data.jsonl", *ASK[2:])
     printed = cli("predict", tiny, *words, *options, code=4)
     assert [Path(one["image"]).name for one in printed.records] == ["a.png", "z.jpg"]
-    assert printed.records == list(map(json.loads, (out / ANSWER_FILES[1]).open()))
+    assert printed.records == list(map(json.loads, (out / JSONL_FILE).open()))
     lines = printed.err.splitlines()[-len(invalid) - 1 :]
     assert lines.pop() == f"{len(invalid)} questions skipped"
     assert {Path(line.split(": ")[1]).name for line in lines} == invalid

@@ -33,6 +33,7 @@ OPENERS = {
 
 CLIENTS = {
     "app/jobs.py",
+    "app/program_use.py",
     "app/server.py",
     "hub/bounded_request.py",
     "hub/download.py",

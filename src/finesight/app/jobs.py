@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -51,6 +52,9 @@ MAX_OUTCOME_BYTES = 1 << 20
 
 PID_WIDTH = 20
 """Number of bytes of the process ID in the lock file, which are there before the process."""
+
+MAX_LOG_START_BYTES = 1 << 18
+"""Number of bytes of the log of a server in which its address is searched."""
 
 MAX_LOG_BYTES = 20_000
 """Maximum number of bytes at the end of a log that the page shows."""
@@ -168,6 +172,25 @@ class Job(BaseModel, frozen=True):
             steps = (*outcome.next_steps, outcome.error.remedy if outcome.error else "")
             return outcome if all(map(str, filter(None, steps))) else None
         return None
+
+    @property
+    def address(self) -> str:
+        """Base URL of an HTTP server of this machine."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def read_model_names(self) -> list[str]:
+        """Return the models of an HTTP server that listens at its port; empty before.
+
+        Its process prints them after it has bound the port. Until it ends, no other program can
+        answer there.
+        """
+        names: list[str] = []
+        with contextlib.suppress(OSError), (self.folder / LOG_FILE).open("rb") as log:
+            text = log.read(MAX_LOG_START_BYTES).decode("utf-8", "replace")
+            if match := re.search(rf"^serving (.+) at {re.escape(self.address)}$", text, re.M):
+                names = match[1].split(", ")
+        is_server = self.port > 0 and self.arguments[0] == "serve"
+        return names if is_server and self.status == "running" else []
 
     @property
     def is_stopping(self) -> bool:

@@ -309,7 +309,7 @@ def studio(
 ) -> None:
     """Start a web UI for import, data check, training, evaluation and serving.
 
-    The steps are Data, Label, Check, Plan, Train, Results, Chat, and Serve and export. The page
+    The steps are Data, Label, Check, Plan, Train, Results, Use, and Use in a program. The page
     shows the commands that it starts. They run in processes of their own and continue when the page
     or this command ends. Ctrl-C stops the page. Requires finesight[web].
 

@@ -39,7 +39,8 @@ from finesight.app.pages import (
     parse_body,
     render_page,
 )
-from finesight.app.request_jobs import RequestJobs
+from finesight.app.program_use import ask_server, read_key
+from finesight.app.request_jobs import RequestJobs, run_until_disconnect
 from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
     FORMS,
@@ -57,11 +58,11 @@ from finesight.app.studio_view import (
 from finesight.app.thumbnail import EMPTY_IMAGE, read_thumbnail
 from finesight.app.workspace import as_argument
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
+from finesight.evaluate.answer_tables import TABLE_SUFFIXES
 from finesight.files.storage import temporary_folder, translate_os_errors
 from finesight.files.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.evaluation import ANSWER_FILES
 from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language, translate
 from finesight.samples.image_file import IMAGE_SUFFIXES
@@ -237,6 +238,7 @@ class StudioPage:
             values["editor:text"], digest = self.view.workspace.read_recipe(state.recipe)
         # A review replaces the reviewed data set. Both have the same validation samples.
         used = state.dataset.files if state.dataset else set()
+        image_folders = self.view.workspace.list_uploads() if selection.step == "chat" else []
         others = [one.path for one in state.content.datasets if not one.files & used]
         runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
@@ -245,6 +247,7 @@ class StudioPage:
             forms={form: build_form(form, runs) for form in FORMS_OF_STEPS[selection.step]},
             values=values,
             others=others,
+            image_folders=image_folders,
             digest=digest,
             questions=QUESTIONS,
             sources=SOURCES,
@@ -620,14 +623,27 @@ class StudioPage:
     def _predict(self, state: StudioState, form: Form) -> str:
         """Start a command that answers a question about each of many images."""
         name, texts = form.get("predict:out"), dict(form.texts)
+        if Path(name).suffix.lower() in TABLE_SUFFIXES:
+            # The command would write one file, but the page has those of a folder.
+            name = texts["predict:out"] = Path(name).stem
         if bool(form.uploads) == bool(form.get("predict:images")):
             raise build_missing_error("files")
-        self.view.workspace.check_new_name("answers", name)
-        if form.uploads:
-            files = [*map(self.uploads.find, form.uploads)]
-            texts["predict:images"] = str(self.view.workspace.save_uploads(files, name))
-        form = form.model_copy(update={"texts": texts})
-        url = self._run(state, form, operation="predict")
+        workspace = self.view.workspace
+        workspace.check_new_name("answers", name)
+        # Another tab may have proposed the same name, and its command may still be running.
+        name = workspace.find_free_name(name, "answers/{}", taken=self._list_written_files())
+        texts["predict:out"] = name
+        if not form.uploads:
+            return self._run(state, form.model_copy(update={"texts": texts}), operation="predict")
+        files = [*map(self.uploads.find, form.uploads)]
+        # The files of an earlier reading would be read again.
+        folder = workspace.find_free_name(name, "uploads/{}")
+        texts["predict:images"] = str(workspace.save_uploads(files, folder))
+        try:
+            url = self._run(state, form.model_copy(update={"texts": texts}), operation="predict")
+        except UserError:
+            workspace.move_to_trash(Path("uploads", folder))
+            raise
         self.uploads.remove(form.uploads)
         return url
 
@@ -777,6 +793,51 @@ def make_preview_route(page: StudioPage) -> Route:
     return Route("/preview", post_preview, methods=["POST"])
 
 
+def make_program_routes(view: StudioView) -> list[Route]:
+    """Build the routes of the key and the test of a server."""
+    image_jobs = RequestJobs(1)
+    testing = set[str]()
+
+    async def post_key(request: Request) -> Response:
+        job = view.jobs.find(request.path_params["job"])
+        content = {"key": await to_thread.run_sync(read_key, job)}
+        return JSONResponse(content, headers={"cache-control": "no-store"})
+
+    async def post_test(request: Request) -> Response:
+        await request.body()
+        job = view.jobs.find(request.path_params["job"])
+        if job.id in testing:
+            raise UserError(
+                "a test of this server is running",
+                where="job",
+                expected="one test at a time",
+                remedy="wait for its answer",
+            )
+        testing.add(job.id)
+        try:
+            content = await image_jobs.run(request, partial(view.read_example, job))
+            if content is None:
+                raise UserError(
+                    "there is no example image",
+                    where="job",
+                    expected="data of the run in the workspace",
+                    remedy="try the model in the step Use with images of your own",
+                )
+            start = time.monotonic()
+            answer = await run_until_disconnect(request, partial(ask_server, job, content))
+            seconds = time.monotonic() - start
+        finally:
+            testing.discard(job.id)
+        urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        reply = {"answer": answer, "images": urls, "seconds": f"{seconds:.1f}"}
+        return JSONResponse(reply, headers={"cache-control": "no-store"})
+
+    return [
+        Route("/servers/{job}/key", post_key, methods=["POST"]),
+        Route("/servers/{job}/test", post_test, methods=["POST"]),
+    ]
+
+
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     """Build the studio as an ASGI application with access control."""
     view = page.view
@@ -819,10 +880,9 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         return HTMLResponse(content, headers=VIEW_HEADERS)
 
     def get_answers(request: Request) -> Response:
-        job, name = view.jobs.find(request.path_params["job"]), request.path_params["name"]
-        path = view.workspace.resolve(f"{job.out}/{name}", "job", must_exist=False)
-        file = view.workspace.folder / path
-        if job.arguments[0] != "predict" or name not in ANSWER_FILES or not file.is_file():
+        job = view.jobs.find(request.path_params["job"])
+        file = view.find_answers(job, request.path_params["name"])
+        if file is None:
             raise HTTPException(404, "no such file")
         return FileResponse(file, headers=FILE_HEADERS, filename=f"{file.parent.name}{file.suffix}")
 
@@ -833,6 +893,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),
         make_preview_route(page),
+        *make_program_routes(view),
         Route("/pages/{job}/studio", get_job),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]

@@ -18,10 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from finesight.app.answer_preview import read_answer_preview
 from finesight.app.job_results import describe_result, explain_metric, list_commands
 from finesight.app.jobs import Job, JobStore
 from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
 from finesight.app.pages import describe_error
+from finesight.app.program_use import (
+    Content,
+    build_default_content,
+    list_snippets,
+    read_example_content,
+)
 from finesight.app.studio_side import RunningJob, describe_running, find_step_states
 from finesight.app.workspace import (
     DATA_FILES,
@@ -31,6 +38,12 @@ from finesight.app.workspace import (
     as_argument,
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
+from finesight.evaluate.answer_tables import (
+    ANSWER_FILES,
+    JSONL_FILE,
+    AnswerTable,
+    can_write_workbooks,
+)
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.files.bounded_files import read_text
 from finesight.ingest.source_options import SourceOptions
@@ -61,7 +74,8 @@ from finesight.settings.manifest import (
 )
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
-STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
+STEP_NAMES = {step: step.title() for step in STEPS}
+STEP_NAMES |= {"chat": "Use", "export": "Use in a program"}
 
 NO_RUN = "-"
 """Name in the URL for labelling without a run."""
@@ -151,9 +165,9 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "guard": {},
     "web": {"adapter": FormField("Compare with another run", default="none")},
     "predict": {
-        "images": FormField("Or a file or folder in the workspace", "photos"),
-        "prompt": FormField("Question for each image", "Read the ticket."),
-        "out": FormField("Name of the table", folder="answers"),
+        "images": FormField("File or folder in the workspace", "photos"),
+        "prompt": FormField("Question for each image", "Read the ticket.", lines=2),
+        "out": FormField("Name of the table", folder="answers", is_advanced=True),
         **dict.fromkeys(("data", "draw", "pages")),
     },
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
@@ -169,7 +183,7 @@ FORMS_OF_STEPS = {
     "plan": ("plan", "recipe", "editor"),
     "train": ("train", "search"),
     "results": ("eval", "guard"),
-    "chat": ("web", "predict"),
+    "chat": ("predict", "web"),
     "export": ("serve", "merge"),
 }
 
@@ -529,6 +543,10 @@ class StudioView:
             "outcome": meaning,
             "sentences": describe_result(job, result) if job else [],
             "commands": list_commands(job, result) if job else {},
+            "program": self._describe_program(state) if is_running_server else None,
+            "answer_files": self._list_answer_files(job),
+            "answers": self._preview_answers(job),
+            "needs_openpyxl": not can_write_workbooks(),
             "warning": self._warn_of_few_samples(state),
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder.name,
@@ -553,6 +571,57 @@ class StudioView:
             "name_job": name_job,
             "no_run": NO_RUN,
         }
+
+    def _describe_program(self, state: StudioState) -> dict[str, Any] | None:
+        """Return code and the example question for the selected server; None until it is ready."""
+        job = state.job
+        models = job.read_model_names() if job is not None else []
+        if job is None or not models:
+            return None
+        has_key = "--key-file" in job.arguments
+        content = self.read_example(job)
+        # The page has no data of the image, which the test shows.
+        return {
+            "address": job.address,
+            "model": models[0],
+            "has_key": has_key,
+            "has_example": content is not None,
+            "snippets": list_snippets(
+                job.address,
+                models[0],
+                content or build_default_content(self.workspace.read_prompt(state.run, None)),
+                has_key=has_key,
+            ),
+        }
+
+    def read_example(self, job: Job) -> Content | None:
+        """Return the example question of the run of a server, or None."""
+        with contextlib.suppress(UserError):
+            return read_example_content(self.workspace, self.workspace.resolve(job.target, "job"))
+        return None
+
+    def _list_answer_files(self, job: Job | None) -> list[str]:
+        """Return the files of answers that a command has written."""
+        if job is None or job.arguments[0] != "predict" or job.status != "finished":
+            return []
+        return [name for name in ANSWER_FILES if self.find_answers(job, name) is not None]
+
+    def _preview_answers(self, job: Job | None) -> AnswerTable | None:
+        """Return the first answers of a finished reading."""
+        if job is None or job.status != "finished":
+            return None
+        file = self.find_answers(job, JSONL_FILE)
+        return read_answer_preview(file) if file is not None else None
+
+    def find_answers(self, job: Job, name: str) -> Path | None:
+        """Return a file of answers that a command has written; None for other files."""
+        if job.arguments[0] != "predict" or name not in ANSWER_FILES or not job.out:
+            return None
+        with contextlib.suppress(UserError):
+            file = self.workspace.folder / self.workspace.resolve(f"{job.out}/{name}", "job")
+            if file.is_file():
+                return file
+        return None
 
     def _warn_of_few_samples(self, state: StudioState) -> str:
         """Return a warning about few validation samples of the data or recipe; empty if enough."""

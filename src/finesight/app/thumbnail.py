@@ -31,7 +31,7 @@ def read_thumbnail(workspace: Workspace, params: Mapping[str, str]) -> tuple[byt
         params: Path of the data set as `data`, or of the run as `run`.
     """
     with contextlib.suppress(UserError, OSError, WorkerLostError):
-        file = _find_samples(workspace, params)
+        file = find_samples(workspace, params)
         if file is not None and workspace.contains(file):
             url = _read_version(workspace, file, file.stat().st_mtime_ns)
             media_type, _, content = url.removeprefix("data:").partition(";base64,")
@@ -40,7 +40,7 @@ def read_thumbnail(workspace: Workspace, params: Mapping[str, str]) -> tuple[byt
     return EMPTY_IMAGE, "image/svg+xml"
 
 
-def _find_samples(workspace: Workspace, params: Mapping[str, str]) -> Path | None:
+def find_samples(workspace: Workspace, params: Mapping[str, str]) -> Path | None:
     """Return the data file of a data set or a run.
 
     Only the named folder is read: a page has an image for each of many items.

@@ -96,6 +96,9 @@ MAX_DEPTH, MAX_FOLDERS = 3, 2000
 PREVIEW_BYTES, MAX_SAMPLE_BYTES = 1 << 24, 100_000
 """Number of bytes of a large data file that a new recipe considers, and of its first sample."""
 
+MAX_LISTED_UPLOADS = 100
+"""Maximum number of folders of uploads that a field proposes."""
+
 MAX_REVIEWED_BYTES = 1 << 14
 """Maximum size of the list of a review of the studio, which names one file."""
 
@@ -406,6 +409,16 @@ class Workspace:
         else:
             sources = {*earlier, *names}
         return folder / sources.pop() if len(sources) == 1 else folder
+
+    def list_uploads(self) -> list[str]:
+        """Return the folders of uploaded files, newest first, relative to the workspace."""
+        found: list[tuple[float, str]] = []
+        with contextlib.suppress(OSError), os.scandir(self.folder / "uploads") as entries:
+            for entry in entries:
+                is_shown = not entry.name.startswith(".") and is_utf8(entry.name)
+                if is_shown and entry.is_dir(follow_symlinks=False):
+                    found.append((entry.stat().st_mtime, f"uploads/{entry.name}"))
+        return [name for _, name in sorted(found, reverse=True)[:MAX_LISTED_UPLOADS]]
 
     def create_sample(self, name: str, num_images: int) -> Path:
         """Draw the images of a sample project as an upload, and return their table."""

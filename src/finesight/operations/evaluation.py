@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
-from finesight.errors import Step, UserError, escape_surrogates, format_count, suggest_similar_path
+from finesight.errors import Step, UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, get_prompt_format, load_model
 from finesight.operations.operation import Outcome, Parameter, SkippedInputs, StrPath, to_path
 from finesight.operations.options import (
@@ -38,13 +34,6 @@ if TYPE_CHECKING:
     from finesight.samples.image_file import PageRanges
     from finesight.samples.prompt_format import PromptFormat
     from finesight.samples.sample import LocatedSample
-
-_FORMULA_START = re.compile(r"[=+\-@\t\r](?![\d.,]*$)")
-ANSWER_FILES = ("answers.csv", "answers.jsonl")
-"""Files in the folder of answers that `predict` writes."""
-
-CSV_COLUMNS = ("id", "image", "prompt", "answer")
-"""First columns of the CSV file."""
 
 EXIT_REGRESSION = 3
 
@@ -223,7 +212,7 @@ def predict(
     max_new_tokens: Annotated[int | None, Parameter(minimum=1, maximum=1_048_576)] = None,
     batch_size: Annotated[int, Parameter(minimum=1)] = 16,
     draw: Annotated[StrPath | None, Parameter(path="folder")] = None,
-    out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
+    out: Annotated[StrPath | None, Parameter(metavar="PATH", path="folder")] = None,
     pages: PagesOption = None,
     images_per_question: Annotated[int | None, Parameter(minimum=1)] = None,
     environment: Annotated[
@@ -260,22 +249,22 @@ def predict(
             Default: 512; for an episode that of the recipe, else 4096.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         draw: Write a copy of each image with the predicted boxes into this folder.
-        out: Folder to create for the answers: answers.jsonl, and answers.csv, a table of id, image,
-            prompt, answer and the fields of answers in JSON.
+        out: New file for the answers, whose suffix is .xlsx, .csv or .jsonl, or folder to create
+            with all three. The tables have the columns id, image, prompt, answer and the fields of
+            answers in JSON, and the Excel workbook has thumbnails. It needs the extra xlsx.
         images_per_question: Number of image files in a question, which follow one another. Default:
             that of the training samples of a run, else 1.
     """
+    from finesight.evaluate import answer_tables
     from finesight.evaluate.generation_eval import predict_answers
-    from finesight.files.storage import (
-        check_new_path,
-        check_writable_folder,
-        write_file,
-        write_folder,
-    )
+    from finesight.files.storage import check_new_path, check_writable_folder
     from finesight.infer.prediction import describe_reduced_batch, save_annotated_images
 
-    if out is not None:
-        check_new_path(Path(out))
+    target = to_path(out)
+    if target is not None:
+        check_new_path(target)
+        if target.suffix.lower() == ".xlsx" and not answer_tables.can_write_workbooks():
+            raise answer_tables.build_package_error("--out")
     if draw is not None:
         check_writable_folder(Path(draw))
     console = ProgressConsole()
@@ -314,11 +303,8 @@ def predict(
     _warn_truncated(predictions, max_tokens, console)
     lines = [prediction.as_text() for prediction in predictions]
     records = [prediction.as_json() for prediction in predictions]
-    if out is not None:
-        json_lines = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in records)
-        with write_folder(Path(out)) as folder:
-            for name, text in zip(ANSWER_FILES, (_format_csv(records), json_lines), strict=True):
-                write_file(folder / name, text.encode(errors="surrogateescape"))
+    if target is not None:
+        _write_answers(target, predictions, records, console)
     if draw is not None:
         for path in save_annotated_images(predictions, Path(draw), skipped.add):
             console.log(f"saved: {path}")
@@ -327,44 +313,32 @@ def predict(
     )
 
 
-def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Format predictions as CSV for spreadsheets, with a byte order mark and without formulas.
+def _write_answers(
+    target: Path,
+    predictions: Sequence[Prediction],
+    records: Sequence[Mapping[str, Any]],
+    console: ProgressConsole,
+) -> None:
+    """Write answers to a file of the format of its suffix, or all formats to a folder."""
+    from finesight.evaluate import answer_tables
+    from finesight.files.storage import write_file, write_folder, write_new_file
 
-    The 100 most frequent fields of answers that are JSON objects are further columns.
-    """
-    from finesight.samples.boxes import iter_json_values
+    def note(text: str) -> None:
+        console.log(f"note: {text}")
 
-    stream = io.StringIO(newline="")
-    table = csv.writer(stream)
-    fields: list[dict[str, Any]] = []
-    for record in records:
-        values = [found.value for found in iter_json_values(record["answer"])]
-        if len(values) == 1 and isinstance(values[0], dict):
-            fields.append(values[0])
-        else:
-            fields.append({})
-    names = [name for name, _ in Counter(chain(*fields)).most_common(100)]
-    header = [*CSV_COLUMNS]
-    for name in names:
-        header.append(f"answer.{name}" if name in CSV_COLUMNS else name)
-    table.writerow(map(_format_cell, header))
-    for record, own in zip(records, fields, strict=True):
-        cells: list[object] = []
-        for column in CSV_COLUMNS:
-            value = record.get(column)
-            cells.append(", ".join(value) if isinstance(value, list) else value)
-        table.writerow(map(_format_cell, (*cells, *map(own.get, names))))
-    return escape_surrogates(f"\ufeff{stream.getvalue()}")
+    def format_file(suffix: str) -> bytes:
+        return answer_tables.format_answers(predictions, records, suffix, note)
 
-
-def _format_cell(value: object) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if _FORMULA_START.match(value):
-        return f"'{value}"
-    return value
+    suffix = target.suffix.lower()
+    if suffix in answer_tables.TABLE_SUFFIXES:
+        write_new_file(target, format_file(suffix))
+        return
+    with write_folder(target) as folder:
+        for name in answer_tables.ANSWER_FILES:
+            if name == answer_tables.XLSX_FILE and not answer_tables.can_write_workbooks():
+                note("without answers.xlsx, which needs openpyxl: pip install 'finesight[xlsx]'")
+                continue
+            write_file(folder / name, format_file(Path(name).suffix))
 
 
 def _load_samples(

@@ -47,8 +47,8 @@ export const fetchPage = async (...values) => parse(await (await send(...values)
 /**
  * Uploads a file, and returns its ID and name, or its images. Files of a batch are kept together.
  */
-export const upload = async (file, batch = "") => {
-  const url = `uploads?${new URLSearchParams({ name: file.name, batch })}`;
+export const upload = async (file, batch = "", name = file.name) => {
+  const url = `uploads?${new URLSearchParams({ name, batch })}`;
   return (
     await check(await fetch(url, { method: "POST", headers: language(), body: file }))
   ).json();
@@ -57,7 +57,7 @@ export const upload = async (file, batch = "") => {
 export const describe = (error) =>
   translate(error instanceof TypeError ? "The server does not answer." : error.message);
 
-const copyText = async (text) => {
+export const copyText = async (text) => {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   // Browsers have no clipboard API on a page without TLS.
   const field = create("textarea");
@@ -95,7 +95,8 @@ export const update = (target, source) => {
       old.replaceWith(node);
     else if (old.nodeType !== Node.ELEMENT_NODE) {
       if (old.data !== node.data) old.data = node.data;
-    } else update(old, node);
+    } // A script has filled such an element.
+    else if (!old.hasAttribute("data-own")) update(old, node);
   });
   for (const old of known.slice(nodes.length)) old.remove();
 };

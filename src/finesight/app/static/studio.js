@@ -1,5 +1,6 @@
 import {
   byId,
+  copyText,
   create,
   describe,
   fetchPage,
@@ -37,6 +38,7 @@ const show = (page) => {
   ({ status } = shown);
   enableButtons();
   enableCompare();
+  markResult();
   showLocalTimes();
   wait(["running", "stopping"].includes(status) ? 1500 : 8000);
 };
@@ -72,6 +74,15 @@ const enableCompare = () => {
   if (!button) return;
   button.disabled = document.querySelectorAll("#runs input:checked").length < 2;
   button.nextElementSibling.hidden = !button.disabled;
+};
+
+/** The page has one blue button: that of the shown result, else that of its form. */
+const markResult = () => {
+  const hasResult = document.querySelector("#bottom .result-action") !== null;
+  for (const button of document.querySelectorAll(
+    "button[data-action=predict], button[data-action=serve]",
+  ))
+    button.classList.toggle("primary", !hasResult);
 };
 
 /** Shows times in the time zone of the browser, which may differ from that of the server. */
@@ -117,13 +128,21 @@ const report = (title, error) => {
   field.focus();
 };
 
+/** Name of a file of a folder: files of equal names get those of their folders, too. */
+const nameUpload = (file, files) => {
+  const isUnique = files.every((other) => other === file || other.name !== file.name);
+  if (isUnique || !file.webkitRelativePath) return file.name;
+  return file.webkitRelativePath.replaceAll("/", "-");
+};
+
 const sendUploads = async () => {
   const files = [...(byId("upload")?.files ?? [])];
   const bar = byId("uploading");
   const batch = Math.random().toString(36);
   for (const [index, file] of files.entries()) {
     Object.assign(bar, { hidden: false, max: files.length, value: index });
-    if (!uploaded.has(file)) uploaded.set(file, (await upload(file, batch)).id);
+    if (!uploaded.has(file))
+      uploaded.set(file, (await upload(file, batch, nameUpload(file, files))).id);
   }
   if (bar) bar.hidden = true;
   return files.map((file) => uploaded.get(file));
@@ -159,7 +178,9 @@ const readRoles = () => {
 
 const isImage = (file) => /\.(jpe?g|png|webp|gif|bmp|tiff?|heic|avif)$/i.test(file.name);
 const isTable = (file) => /\.(csv|tsv|jsonl?|parquet|xlsx)$/i.test(file.name);
+const isReadable = (file) => isImage(file) || /\.pdf$/i.test(file.name);
 const MAX_THUMBNAILS = 12;
+const MAX_UPLOADS = 10000;
 
 const setHave = (have) => {
   for (const one of document.querySelectorAll("[data-have]"))
@@ -216,6 +237,27 @@ const showChosen = () => {
     byId("import:out").value = name;
     proposedName = name;
   }
+};
+
+/** Chooses the images of a folder; a folder has also other files, such as hidden ones. */
+const chooseFolder = (input) => {
+  const images = [...input.files].filter((file) => isReadable(file) && !file.name.startsWith("."));
+  input.value = "";
+  byId("message").hidden = true;
+  if (images.length === 0 || images.length > MAX_UPLOADS) {
+    const message = images.length
+      ? translate("Copy it into the workspace, and name it there.")
+      : translate("Choose a folder with images or PDF files.");
+    const title = images.length
+      ? translate("The folder has {} images, more than {}.", images.length, MAX_UPLOADS)
+      : translate("The folder has no images.");
+    report(title, { message });
+    return;
+  }
+  const transfer = new DataTransfer();
+  for (const image of images) transfer.items.add(image);
+  byId("upload").files = transfer.files;
+  showChosen();
 };
 
 const dropFiles = (event) => {
@@ -318,6 +360,69 @@ const act = async (button) => {
   }
 };
 
+// Use in a program: the key is asked for when it is shown or copied, and never stays in the page.
+
+const HIDDEN_KEY = "••••••••••••";
+
+const fetchKey = async (panel) => {
+  if (panel.dataset.hasKey !== "yes") return "";
+  return (await request(`servers/${panel.dataset.job}/key`, {})).key;
+};
+
+const showKey = (key) => {
+  for (const span of document.querySelectorAll("#program .api-key")) span.textContent = key;
+};
+
+const toggleKey = async (button) => {
+  const isShown = button.getAttribute("aria-pressed") === "true";
+  try {
+    showKey(isShown ? HIDDEN_KEY : await fetchKey(byId("program")));
+    button.setAttribute("aria-pressed", !isShown);
+    button.textContent = isShown ? button.dataset.show : button.dataset.hide;
+  } catch (error) {
+    report(translate("No key"), error);
+  }
+};
+
+const copyCode = async (button) => {
+  const code = button.parentElement.querySelector("code").cloneNode(true);
+  try {
+    const key = await fetchKey(byId("program"));
+    for (const span of code.querySelectorAll(".api-key")) span.textContent = key;
+    await copyText(code.textContent);
+    byId("announcement").textContent = translate("Copied");
+    button.textContent = translate("Copied");
+    setTimeout(() => {
+      button.textContent = translate("Copy");
+    }, 1500);
+  } catch (error) {
+    report(translate("Not copied"), error);
+  }
+};
+
+const testServer = async (button) => {
+  const result = byId("test-result");
+  byId("message").hidden = true;
+  button.disabled = true;
+  result.replaceChildren(create("p", { class: "soft" }, translate("The model is reading…")));
+  try {
+    const answer = await request(`servers/${byId("program").dataset.job}/test`, {});
+    const images = answer.images.map((src) =>
+      create("img", { src, alt: translate("Image of the test") }),
+    );
+    const time = translate("Answer after {} s", answer.seconds);
+    const text = create("pre", { tabindex: "0", role: "region", "aria-label": time });
+    text.textContent = answer.answer;
+    const answered = create("div", {}, create("p", { class: "soft small" }, time), text);
+    result.replaceChildren(...images, answered);
+  } catch (error) {
+    result.replaceChildren();
+    report(translate("The test has failed"), error);
+  } finally {
+    button.disabled = false;
+  }
+};
+
 const showKinds = () => {
   const kind = byId("label:kind")?.value;
   for (const field of document.querySelectorAll("[data-kinds]")) {
@@ -337,6 +442,7 @@ document.addEventListener("input", (event) => {
   if (event.target.id === "editor:text") isEdited = true;
   event.target.removeAttribute("aria-invalid");
   if (event.target.id === "upload") showChosen();
+  if (event.target.id === "upload-folder") chooseFolder(event.target);
   noteChange(event.target);
   chooseModel(event.target);
   enableCompare();
@@ -354,6 +460,8 @@ document.addEventListener("click", async (event) => {
   if (button?.dataset.action) {
     event.preventDefault();
     await act(button);
+  } else if (button?.dataset.program) {
+    await { key: toggleKey, copy: copyCode, test: testServer }[button.dataset.program](button);
   } else if (button?.dataset.have) {
     setHave(button.dataset.have);
   } else if (button && "prompt" in button.dataset) {

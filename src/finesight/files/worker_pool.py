@@ -355,8 +355,8 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             WorkerLimitError: The job exceeded a limit, or crashed.
             WorkerLostError: The worker was killed.
         """
-        # Waiting with a timeout is not enough: a stopped worker may read a part of the job only, and
-        # a hostile one may send a part of its result.
+        # Waiting with a timeout is not enough: a stopped worker may read only a part of the job, or
+        # send only a part of its result.
         with _kill_at(deadline, self) as is_late:
             try:
                 self.start(function, *args, max_cpu_s=max_cpu_s)

@@ -2,9 +2,14 @@
 
 import os
 import signal
+import socket
+import stat
+import struct
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,3 +84,47 @@ def resist(state: dict[str, Any]) -> JobOutput:
     signal.signal(signal.SIGIO, signal.SIG_IGN)
     subprocess.run(["sleep", "1000"], check=False)
     return JobOutput()
+
+
+def send_by_sockets(send: Callable[[int], object]) -> None:
+    """Send something by each socket of this process, as hostile code does."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(int(name)).st_mode)
+        except OSError:  # the descriptor of the list
+            continue
+        if is_socket:
+            send(int(name))
+
+
+def send_part(state: dict[str, Any]) -> JobOutput:
+    """Send half of a reply, and never the rest."""
+    send_by_sockets(lambda fd: os.write(fd, struct.pack("!i", 100) + b"{"))
+    return hang(state)
+
+
+def send_slowly(state: dict[str, Any]) -> JobOutput:
+    """Send a reply byte by byte."""
+    send_by_sockets(lambda fd: os.write(fd, struct.pack("!i", 1 << 20)))
+    while True:
+        send_by_sockets(lambda fd: os.write(fd, b" "))
+        time.sleep(0.01)
+
+
+def send_text(state: dict[str, Any], text: str) -> JobOutput:
+    """Send a text as the reply."""
+    content = text.encode()
+    send_by_sockets(lambda fd: os.write(fd, struct.pack("!i", len(content)) + content))
+    return hang(state)
+
+
+def stop_later(state: dict[str, Any]) -> JobOutput:
+    """Stop this process after the reply, so that it reads no further job."""
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    return JobOutput()
+
+
+def close_sockets(state: dict[str, Any]) -> JobOutput:
+    """Shut down the connections, and continue."""
+    send_by_sockets(lambda fd: socket.socket(fileno=fd).shutdown(socket.SHUT_RDWR))
+    return hang(state)

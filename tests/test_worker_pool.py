@@ -111,6 +111,65 @@ def test_limits_of_memory_and_time(pool):
     assert time.monotonic() - began < 60, "the job was not ended"
 
 
+@pytest.mark.parametrize("job", [jobs.send_part, jobs.send_slowly])
+def test_the_deadline_includes_the_transfer_of_a_result(pool, job):
+    began = time.monotonic()
+    with pool.fork() as worker:
+        with pytest.raises(WorkerLimitError, match=r"took more than 0\.3 s, and was killed"):
+            worker.call_within(0.3, job)
+        assert worker.is_killed
+    assert time.monotonic() - began < 60
+
+
+def test_the_deadline_includes_the_transfer_of_a_job(pool):
+    """A stopped process reads nothing, so that a large job fills the buffer of the connection."""
+    with pool.fork() as worker:
+        worker.call_within(60, jobs.stop_later)
+        time.sleep(0.3)
+        with pytest.raises(WorkerLimitError, match=r"took more than 0\.3 s"):
+            worker.call_within(0.3, jobs.describe, np.zeros(8 * MIB, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "3",
+        "[" * 100_000,
+        "{}",
+        '{"rss_increase": "x", "cpu_seconds": 0}',
+        '{"rss_increase": 0, "cpu_seconds": 0, "arrays": [["O", [1]]]}',
+        '{"rss_increase": 0, "cpu_seconds": 0, "arrays": 3}',
+        '{"rss_increase": 0, "cpu_seconds": 0, "user_error": ["a"]}',
+        '{"rss_increase": 0, "cpu_seconds": 0, "fault": []}',
+    ],
+)
+def test_invalid_replies_end_their_worker_only(pool, text):
+    with pool.fork() as worker:
+        with pytest.raises(WorkerLimitError):
+            worker.call_within(2, jobs.send_text, text)
+        assert worker.is_killed
+    assert len(pids(pool)) == 2
+
+
+def test_connections_that_a_job_closes(pool):
+    with pool.fork() as worker, pytest.raises(WorkerLimitError, match="crashed"):
+        worker.call_within(60, jobs.close_sockets)
+
+
+def test_replies_have_a_maximum_size():
+    pool = WorkerPool(jobs.load, 7, num_idle=0, memory_bytes=64 * MIB, max_reply_bytes=MIB)
+    try:
+        with pool.fork() as worker:
+            small = np.zeros(MIB // 8, dtype=np.uint8)
+            worker.call(jobs.describe, small, max_cpu_s=1)
+            with pytest.raises(WorkerLimitError):
+                worker.call(jobs.describe, np.zeros(MIB + 1, dtype=np.uint8), max_cpu_s=1)
+    finally:
+        pool.close()
+
+
 def test_worker_exception_reports_location_only(pool):
     first = pids(pool)
     with pytest.raises(WorkerJobError) as raised:

@@ -33,12 +33,14 @@ class EpisodeSettings:
         environment: `FILE.py:CLASS`, or the name of a component.
         max_tool_calling_iterations: Maximum number of turns with tool calls.
         tool_timeout: Maximum number of seconds of a call of the environment.
+        turn_timeout: Maximum number of seconds of all calls of a turn.
         max_tokens: Maximum number of tokens after the prompt, with the results of tools.
     """
 
     environment: str
     max_tool_calling_iterations: int = 5
     tool_timeout: float = 30.0
+    turn_timeout: float = 60.0
     max_tokens: int = 4096
 
 

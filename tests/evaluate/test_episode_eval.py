@@ -273,6 +273,7 @@ def test_environment_is_that_of_the_recipe_or_the_option(episodes, tmp_path):
         environment=episodes.environment,
         max_tool_calling_iterations=2,
         tool_timeout=3.0,
+        turn_timeout=6.0,
         max_tokens=77,
     )
     # The copy is the code with which the run was trained.

@@ -1,6 +1,9 @@
 """Episodes: tokens are only appended, and tools cannot harm the training."""
 
+import contextlib
+import os
 import random
+import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -24,11 +27,14 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.evaluate.environment import (
+    FILES_PER_EPISODE,
+    RESERVED_FILES,
     Environment,
     EnvironmentSession,
     EpisodeError,
     ResultBlock,
     ToolResult,
+    raise_file_limit,
 )
 from finesight.evaluate.episode import EpisodeRunner, EpisodeStart, add_tools
 from finesight.infer import prediction
@@ -598,8 +604,23 @@ def test_unclosed_calls_are_read_in_linear_time():
 
 
 HOSTILE = '''
-import os, sys, time
+import json, os, socket, stat, struct, sys, time
 from PIL import Image
+
+def send(content, size):
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            is_socket = stat.S_ISSOCK(os.fstat(int(name)).st_mode)
+        except OSError:
+            continue
+        if is_socket:
+            os.write(int(name), struct.pack("!i", size) + content)
+
+def forge(value):
+    keys = {"value": value, "arrays": [], "cpu_seconds": 0, "rss_increase": 0}
+    content = json.dumps(keys).encode()
+    send(content, len(content))
+    time.sleep(1000)
 
 class Hostile:
     def reset(self, id, meta):
@@ -611,6 +632,24 @@ class Hostile:
         """Never end."""
         while True:
             pass
+
+    def half(self) -> str:
+        """Send half of a reply."""
+        send(b"{", 100)
+        time.sleep(1000)
+
+    def forges(self, value: dict | list | int) -> str:
+        """Send a reply beside the limits.
+
+        Args:
+            value: Value of the reply.
+        """
+        forge(value)
+
+    def naps(self) -> str:
+        """Sleep for less than a call may take."""
+        time.sleep(0.4)
+        return "awake"
 
     def sleeps(self) -> str:
         """Sleep."""
@@ -643,6 +682,20 @@ class Hostile:
     def long(self) -> str:
         """Return a long text."""
         return "x" * 100_001
+
+    def parent(self) -> str:
+        """Return the process that this one was forked from."""
+        return str(os.getppid())
+
+    def files(self) -> str:
+        """List open files."""
+        targets = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                targets.append(os.readlink(f"/proc/self/fd/{name}"))
+            except OSError:
+                pass
+        return " ".join(targets)
 
     def memory(self) -> str:
         """Allocate memory."""
@@ -683,6 +736,9 @@ def hostile(tmp_path_factory):
             yield environment
 
 
+NUM_EPISODES = 2000
+"""Number of episodes that leave no open files."""
+
 ROW = {"id": "a", "meta": {}, "prompt": "", "references": [], "boxes": [], "frames": []}
 
 
@@ -691,6 +747,7 @@ ROW = {"id": "a", "meta": {}, "prompt": "", "references": [], "boxes": [], "fram
     [
         ("endless", "took more than 1 s"),
         ("sleeps", "took more than 1 s"),
+        ("half", "took more than 1 s"),
         ("huge", "25000000 pixels"),
         ("many", "17 images"),
         ("flat", "an image without pixels"),
@@ -710,6 +767,110 @@ def test_hostile_tools_end_their_episode(hostile, tool, problem):
     assert other.get_reward() == 1.5
     session.close()
     other.close()
+
+
+@pytest.mark.parametrize("value", [{}, 3, [None], [3], [["x"]], [""] * 65, ["x" * 100_001]])
+def test_forged_results_end_their_episode(hostile, value):
+    session = hostile.start_episode(ROW, [])
+    with pytest.raises(EpisodeError, match="a reply with an invalid result"):
+        session.call_tool("forges", {"value": value})
+    session.close()
+
+
+def test_calls_of_a_turn_share_their_time(hostile, tmp_path):
+    """Also with the start of the episode; the next turn has the full time again."""
+    renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "tiny")))
+    question = Sample(id="a", messages=(Message(role="user", content="Which?"),))
+    prompt = renderer.encode_prompt(add_tools(LocatedSample(question, tmp_path), hostile.tools))
+    request = GenerationRequest(prompt=prompt, max_new_tokens=2000)
+    nap = ToolCallPart(name="naps").to_text()
+    few = [*renderer.tokenizer.encode(2 * nap), renderer.end_ids[0]]
+    many = [*renderer.tokenizer.encode(8 * nap), renderer.end_ids[0]]
+    with (
+        Environment(hostile.where, None, 1.0, turn_seconds=1.5) as environment,
+        EpisodeRunner(environment, renderer, lambda n, _: EpisodeStart(ROW, []), 5) as runner,
+    ):
+        for _ in range(2):
+            further = continue_episode(runner, 0, request, few)
+            assert further is not None, runner.episodes[0].error
+            request = further
+        start_time = time.monotonic()
+        assert continue_episode(runner, 0, request, many) is None
+        assert time.monotonic() - start_time < 3  # 8 calls would take 3.2 s
+        (problem,) = runner.errors
+        assert "the calls of a turn took more than 1.5 s together" in problem
+
+
+def test_episodes_leave_no_open_files(hostile):
+    """Neither in this process nor in the one that episodes are forked from."""
+    first = hostile.start_episode(ROW, [])
+    (template,) = first.call_tool("parent", {}).blocks
+    first.close()
+
+    def count_open() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{template}/fd"))
+
+    counts = []
+    for number in range(NUM_EPISODES):
+        counts.append(count_open())
+        row = ROW | {"id": "fails" if number % 5 == 0 else "a"}
+        with contextlib.suppress(EpisodeError):
+            session = hostile.start_episode(row, [])
+            with contextlib.suppress(EpisodeError):
+                session.call_tool(("exits", "crashes", "environ")[number % 3], {})
+            session.close()
+    # That process closes the files of an episode while the next one already runs.
+    for values in zip(*counts, strict=True):
+        assert max(values) <= min(values) + 10
+
+
+def test_episodes_inherit_no_open_files(hostile, tmp_path):
+    """Those of this process would stay open as long as the episode."""
+    secret = os.open(tmp_path / "secret", os.O_CREAT)
+    os.set_inheritable(secret, True)
+    others = [hostile.start_episode(ROW, []) for _ in range(3)]
+    session = hostile.start_episode(ROW, [])
+    (text,) = session.call_tool("files", {}).blocks
+    for one in (session, *others):
+        one.close()
+    os.close(secret)
+    # Standard streams, the connections of this episode, and the file of the list.
+    targets = str(text).split()
+    assert targets.count("/dev/null") == 3
+    assert sum(target.startswith("socket:") for target in targets) == 2
+    assert len(targets) <= 6
+
+
+def test_episodes_leave_files_to_the_training(hostile, monkeypatch):
+    """A limit of open files would otherwise end the training itself."""
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = RESERVED_FILES + 2 * FILES_PER_EPISODE
+    monkeypatch.setattr("finesight.evaluate.environment.raise_file_limit", lambda: limit)
+    with Environment(hostile.where, None, 30.0) as environment:
+        sessions = [environment.start_episode(ROW, []) for _ in range(2)]
+        with pytest.raises(EpisodeError, match="2 episodes run, and no more fit"):
+            environment.start_episode(ROW, [])
+        sessions.pop().close()
+        environment.start_episode(ROW, [])
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft_limit, hard_limit)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((1024, 4096), 4096),
+        ((1024, resource.RLIM_INFINITY), 16_384),
+        ((20_000, 30_000), 20_000),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 16_384),
+    ],
+)
+def test_limit_of_open_files_is_raised(limits, expected, monkeypatch):
+    changes = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, values: changes.append(values))
+    assert raise_file_limit() == expected
+    is_raised = limits[0] != resource.RLIM_INFINITY and limits[0] < expected
+    assert changes == [(expected, limits[1])] * is_raised
 
 
 def test_hostile_episodes_are_counted(hostile, tmp_path):

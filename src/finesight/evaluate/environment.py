@@ -7,11 +7,15 @@ forked from a process that has loaded the class.
 from __future__ import annotations
 
 import contextlib
+import math
+import resource
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from finesight.environment_components import require_environment
@@ -29,10 +33,23 @@ from finesight.files.worker_pool import (
     JobOutput,
     Worker,
     WorkerJobError,
+    WorkerLimitError,
     WorkerLostError,
     WorkerPool,
 )
 from finesight.samples.sample import check_tool
+
+MAX_REPLY_BYTES = 64 << 20
+"""Maximum size of a reply of an episode: its pixels, and its texts with escaped characters."""
+
+FILES_PER_EPISODE = 3
+"""Open files of this process for each running episode."""
+
+MAX_OPEN_FILES = 16_384
+"""Limit of open files to which that of this process is raised if it is lower."""
+
+RESERVED_FILES = 256
+"""Open files of this process that episodes leave for data, checkpoints and connections."""
 
 ResultBlock = str | Image.Image
 """A text or an RGB image in the result of a tool."""
@@ -66,26 +83,36 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
         name: `FILE.py:CLASS`, or the name of a component.
         run_dir: Run whose copy replaces a missing file; None without copies.
         seconds: Maximum time of a call, waiting included.
+        turn_seconds: Maximum time of all calls of a turn together.
 
     Attributes:
         tools: Definitions of the tools, as in the OpenAI API.
         has_reward: Whether the class has the method `get_reward`.
+        where: The name, with the copy of the run if its file is missing.
 
     Raises:
         UserError: The file or the component does not exist, or its class is no environment.
     """
 
-    def __init__(self, name: str, run_dir: Path | None, seconds: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        run_dir: Path | None,
+        seconds: float,
+        turn_seconds: float = math.inf,
+    ) -> None:
         require_environment(name)
         if run_dir is not None:
             name = resolve_metric_path(name, run_dir, copy_name=ENVIRONMENT_COPY)
-        self._where = name
+        self.where = name
         location = parse_metric_path(name)
         if location is not None:
             file, class_name = location
             require_metric_file(file)
             name = f"{file}:{class_name}"
         self._seconds = seconds
+        self._turn_seconds = turn_seconds
+        self._max_sessions = (raise_file_limit() - RESERVED_FILES) // FILES_PER_EPISODE
         self._sessions: set[EnvironmentSession] = set()
         self._pool = WorkerPool(
             environment_worker.load_environment,
@@ -93,6 +120,7 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
             num_idle=0,
             memory_bytes=MAX_MEMORY_BYTES,
             has_own_groups=True,
+            max_reply_bytes=MAX_REPLY_BYTES,
         )
         try:
             with self._pool.fork() as worker:
@@ -103,7 +131,7 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
             self._pool.close()
             raise UserError(
                 f"the process that loads it ended ({error})",
-                where=self._where,
+                where=self.where,
                 expected="a class that loads within two minutes, without threads",
                 remedy="start programs and threads in reset",
             ) from error
@@ -130,11 +158,20 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
         Raises:
             EpisodeError: The process cannot start, or `reset` fails.
         """
+        turn_end = time.monotonic() + self._turn_seconds
+        if len(self._sessions) >= self._max_sessions:
+            raise EpisodeError(
+                f"{len(self._sessions)} episodes run, and no more fit the limit of open files"
+                " (ulimit -n)",
+                where=self.where,
+            )
         try:
             worker = self._pool.fork()
         except (OSError, UserError, WorkerJobError) as error:
-            raise EpisodeError(f"no process of an episode: {error}", where=self._where) from error
-        session = EnvironmentSession(worker, self._where, self._seconds, self.tools)
+            raise EpisodeError(f"no process of an episode: {error}", where=self.where) from error
+        limits = (self._seconds, self._turn_seconds)
+        session = EnvironmentSession(worker, self.where, limits, self.tools)
+        session.turn_end = turn_end
         session.on_close = self._sessions.discard
         self._sessions.add(session)
         try:
@@ -148,19 +185,33 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
 class EnvironmentSession:
     """Environment of one episode, in a process of its own. Close it to end the process.
 
+    Args:
+        limits: Maximum number of seconds of a call, and of all calls of a turn.
+
     Attributes:
         on_close: Called with the session when it is closed.
+        turn_end: Time on the clock of `time.monotonic` at which the calls of the turn end.
     """
 
     on_close: Callable[[EnvironmentSession], object] | None = None
+    turn_end: float = math.inf
+    _turn_seconds: float = math.inf
 
     def __init__(
-        self, worker: Worker, where: str, seconds: float, tools: Sequence[dict[str, Any]]
+        self,
+        worker: Worker,
+        where: str,
+        limits: tuple[float, float],
+        tools: Sequence[dict[str, Any]],
     ) -> None:
         self._worker = worker
         self._where = where
-        self._seconds = seconds
+        self._seconds, self._turn_seconds = limits
         self._tool_names = [tool["function"]["name"] for tool in tools]
+
+    def start_turn(self) -> None:
+        """Start the time of a turn, which its calls share."""
+        self.turn_end = time.monotonic() + self._turn_seconds
 
     def close(self) -> None:
         """End the process of the episode, and the programs that it has started."""
@@ -181,11 +232,7 @@ class EnvironmentSession:
         reply = self.run(environment_worker.call_tool, name, arguments)
         if isinstance(reply.value, str):
             return describe_mistake(reply.value)
-        images = [Image.fromarray(array) for array in reply.arrays]
-        blocks: list[ResultBlock] = []
-        for text in reply.value:
-            blocks.append(images.pop(0) if text is None else text)
-        return ToolResult(blocks)
+        return ToolResult(read_blocks(reply, self._where))
 
     def get_reward(self) -> float | None:
         """Return the reward of the episode; None if the environment gives none.
@@ -196,6 +243,8 @@ class EnvironmentSession:
         value = self.run(environment_worker.get_reward).value
         if value is None:
             return None
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise EpisodeError("a reply with an invalid reward", where=self._where)
         return float(value)
 
     def run(self, job: Callable[..., JobOutput], *args: object) -> JobOutput:
@@ -204,9 +253,60 @@ class EnvironmentSession:
         Raises:
             EpisodeError: The job fails, or exceeds a limit.
         """
+        left = self.turn_end - time.monotonic()
         try:
-            return self._worker.call_within(self._seconds, job, *args)
+            return self._worker.call_within(min(self._seconds, max(0.0, left)), job, *args)
+        except WorkerLimitError as error:
+            what = error.what
+            if left < self._seconds and time.monotonic() >= self.turn_end:
+                what = f"the calls of a turn took more than {self._turn_seconds:g} s together"
+            raise EpisodeError(what, where=self._where) from error
         except UserError as error:
             raise EpisodeError(error.what, where=error.where or self._where) from error
         except (WorkerJobError, WorkerLostError) as error:
             raise EpisodeError(f"{type(error).__name__}: {error}", where=self._where) from error
+
+
+def read_blocks(reply: JobOutput, where: str) -> list[ResultBlock]:
+    """Return the texts and images of a reply, whose process may have damaged it.
+
+    Raises:
+        EpisodeError: The reply exceeds the limits of results, or has other values.
+    """
+    texts = reply.value
+    is_valid = isinstance(texts, list) and len(texts) <= environment_worker.MAX_RESULT_BLOCKS
+    num_chars = 0
+    num_images = 0
+    for text in texts if is_valid else ():
+        if text is None:
+            num_images += 1
+        elif isinstance(text, str):
+            num_chars += len(text)
+        else:
+            is_valid = False
+    num_pixels = 0
+    for array in reply.arrays:
+        is_image = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3
+        is_valid = is_valid and is_image and array.size > 0
+        num_pixels += array.size // 3
+    is_valid = is_valid and num_images == len(reply.arrays) <= environment_worker.MAX_RESULT_IMAGES
+    is_valid = is_valid and num_pixels <= environment_worker.MAX_RESULT_PIXELS
+    if not is_valid or num_chars > environment_worker.MAX_RESULT_CHARS:
+        raise EpisodeError("a reply with an invalid result", where=where)
+    images = map(Image.fromarray, reply.arrays)
+    return [next(images) if text is None else text for text in texts]
+
+
+def raise_file_limit() -> int:
+    """Raise the limit of open files of this process as far as it may, and return it."""
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES
+    if hard_limit != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard_limit)
+    if soft_limit == resource.RLIM_INFINITY or soft_limit >= wanted:
+        return soft_limit if soft_limit != resource.RLIM_INFINITY else wanted
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard_limit))
+    except (OSError, ValueError):  # a lower limit of the kernel, as on macOS
+        return soft_limit
+    return wanted

@@ -244,6 +244,8 @@ class EpisodeRunner(contextlib.AbstractContextManager["EpisodeRunner"]):
             start = self._build_start(index, prompt)
             session = self._environment.start_episode(start.row, start.images)
             self._sessions[index] = session
+        else:
+            session.start_turn()
         return session
 
     def _call_tool(self, session: EnvironmentSession, text: str) -> ToolResult:
@@ -329,7 +331,7 @@ def _shorten(text: str) -> str:
 
 def open_environment(settings: EpisodeSettings, run_dir: Path | None) -> Environment:
     """Load an environment; see `Environment`."""
-    return Environment(settings.environment, run_dir, settings.tool_timeout)
+    return Environment(settings.environment, run_dir, settings.tool_timeout, settings.turn_timeout)
 
 
 def add_tools(located: LocatedSample, tools: Sequence[dict[str, Any]]) -> LocatedSample:

@@ -77,7 +77,13 @@ def main(number: int) -> None:
         while state:
             memory_bytes, has_own_group = control.recv()
             connections = [Connection(recv_handle(control)) for _ in range(2)]
-            if os.fork() == 0:
+            try:
+                pid = os.fork()
+            except OSError:  # the limit of processes: only this worker is missing
+                for one in connections:
+                    one.close()
+                continue
+            if pid == 0:
                 control.close()
                 for one in lifelines:
                     one.close()
@@ -240,6 +246,9 @@ main(int(sys.argv[1]))
 _INHERITED = ("PATH", "HOME", "LANG", "LC_", "LD_", "DYLD_", "PYTHON", "TMPDIR", "TZ")
 """Prefixes of the environment variables that workers inherit; API keys are not among them."""
 
+_INVALID_REPLY = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
+"""Exceptions while a reply is read that the worker has damaged."""
+
 _ENVIRONMENT = {
     # A process with threads must not fork.
     "OPENBLAS_NUM_THREADS": "1",
@@ -346,12 +355,18 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             WorkerLimitError: The job exceeded a limit, or crashed.
             WorkerLostError: The worker was killed.
         """
-        self.start(function, *args, max_cpu_s=max_cpu_s)
-        while not self.wait(min(60.0, deadline - time.monotonic())):
-            if time.monotonic() >= deadline:
-                self.kill()
-                raise _build_limit_error("did not end in time")
-        return self.get_result()
+        # Waiting with a timeout is not enough: a stopped worker may read only a part of the job, or
+        # send only a part of its result.
+        with _kill_at(deadline, self) as is_late:
+            try:
+                self.start(function, *args, max_cpu_s=max_cpu_s)
+                while not self.wait(60.0):
+                    pass
+                return self.get_result()
+            except WorkerLostError as error:
+                if is_late.is_set():
+                    raise _build_limit_error("did not end in time") from error
+                raise
 
     def call_within(
         self, seconds: float, function: Callable[..., JobOutput], *args: Any
@@ -399,24 +414,36 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         try:
             with self._lock:
                 meta, arrays = self._receive()
+            cpu_seconds = float(meta["cpu_seconds"])
+            self.rss_increase = int(meta["rss_increase"])
         except (EOFError, OSError) as error:
             raise self._exit_error() from error
+        except _INVALID_REPLY as error:
+            self.kill()
+            raise _build_limit_error("sent a reply that cannot be read") from error
         self.is_pending = False
-        self.rss_increase = int(meta["rss_increase"])
         try:
             _raise_error(meta)
+        except _INVALID_REPLY as error:
+            self.kill()
+            raise _build_limit_error("sent an error that cannot be read") from error
         except (WorkerJobError, MemoryError) as error:
             self.kill()
             if isinstance(error, WorkerJobError):
                 raise
             memory = f"{self._memory_bytes >> 20} MiB"
             raise _build_limit_error(f"took more than {memory} of memory") from error
-        return JobOutput(meta["value"], arrays, float(meta["cpu_seconds"]))
+        return JobOutput(meta.get("value"), arrays, cpu_seconds)
 
     def _receive(self) -> tuple[dict[str, Any], list[NDArray[np.generic]]]:
-        """Receive a reply. Raises OSError if it is larger than the memory limit."""
-        payload = self._connection.recv_bytes(self._memory_bytes)
-        meta, num_free, arrays = json.loads(payload), self._memory_bytes - len(payload), []
+        """Receive a reply. Raises OSError if it is larger than the limit of replies."""
+        num_free = min(self._memory_bytes, self._pool.max_reply_bytes)
+        payload = self._connection.recv_bytes(num_free)
+        num_free -= len(payload)
+        meta = json.loads(payload)
+        if not isinstance(meta, dict):
+            raise TypeError("a reply without keys")
+        arrays = []
         for dtype, shape in meta.get("arrays", ()):
             data = bytearray(self._connection.recv_bytes(num_free))
             num_free -= len(data)
@@ -453,6 +480,30 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         return _build_limit_error("crashed its worker process")
 
 
+@contextlib.contextmanager
+def _kill_at(deadline: float, worker: Worker) -> Iterator[threading.Event]:
+    """Kill a worker at a time on the clock of `time.monotonic`, within the `with` block.
+
+    The kill ends calls that send to the worker or receive from it. The event is set before.
+    """
+    is_late = threading.Event()
+    if deadline == np.inf:
+        yield is_late
+        return
+
+    def kill() -> None:
+        is_late.set()
+        worker.kill()
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield is_late
+    finally:
+        timer.cancel()
+
+
 def _build_limit_error(what: str) -> WorkerLimitError:
     return WorkerLimitError(
         f"{what}, and was killed",
@@ -483,6 +534,7 @@ class WorkerPool:
             the user. Otherwise, they inherit no API keys.
         has_own_groups: Whether closing a worker kills the programs that its jobs have started, too.
             Close all workers before the pool.
+        max_reply_bytes: Maximum size of a reply, if it is less than the memory of a worker.
 
     Attributes:
         process: Template process; None before the start.
@@ -497,11 +549,13 @@ class WorkerPool:
         memory_bytes: int,
         inherits_environment: bool = False,
         has_own_groups: bool = False,
+        max_reply_bytes: int = UNLIMITED_MEMORY,
     ) -> None:
         self._setup = pickle.dumps((setup, args), protocol=5)
         self._num_idle, self.memory_bytes = num_idle, memory_bytes
         self._inherited = "" if inherits_environment else _INHERITED
         self._has_own_groups = has_own_groups
+        self.max_reply_bytes = max_reply_bytes
         self._lock = threading.Lock()
         self.idle_workers: list[Worker] = []
         self._control: Connection | None = None

@@ -164,6 +164,7 @@ def test_environment_of_a_received_run_needs_trust(environment_task, monkeypatch
         ({"environment": "letters.txt:Letters"}, "train.grpo.environment is 'letters.txt:Lett"),
         ({"environment": None}, "the reward environment needs an environment"),
         ({"environment": "missing.py:Letters"}, "no such file"),
+        ({"tool_timeout": 90, "turn_timeout": 60}, "turn_timeout is 60, less than the 90 s"),
     ],
 )
 def test_recipes_with_environments_are_checked(environment_task, changes, problem):

@@ -43,6 +43,8 @@ class Settings(SettingsSection):
             whose methods are tools that the responses call.
         max_tool_calling_iterations: Maximum number of turns with tool calls in a response.
         tool_timeout: Maximum number of seconds of a call of the environment.
+        turn_timeout: Maximum number of seconds of all calls of a turn together; by default twice
+            `tool_timeout`.
     """
 
     num_generations: Annotated[int, Field(ge=2, le=1024)] = 8
@@ -66,6 +68,7 @@ class Settings(SettingsSection):
     environment: Annotated[str, Field(min_length=1)] | None = None
     max_tool_calling_iterations: Annotated[int, Field(ge=1, le=1000)] = 5
     tool_timeout: Annotated[CoercedFloat, Field(gt=0.0, le=3600.0)] = 30.0
+    turn_timeout: Annotated[CoercedFloat, Field(gt=0.0, le=7200.0)] | None = None
 
     @model_serializer(mode="wrap")
     def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -75,6 +78,8 @@ class Settings(SettingsSection):
             is_default = dict(self)[name] == type(self).model_fields[name].default
             if is_default and self.environment is None:
                 values.pop(name, None)
+        if self.turn_timeout is None:
+            values.pop("turn_timeout", None)
         return values
 
     @property
@@ -92,6 +97,7 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
             environment=settings.environment,
             max_tool_calling_iterations=settings.max_tool_calling_iterations,
             tool_timeout=settings.tool_timeout,
+            turn_timeout=settings.turn_timeout or 2 * settings.tool_timeout,
             max_tokens=settings.max_completion_length,
         )
     return Needs(
@@ -110,13 +116,19 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
 
 
 def check(settings: Settings, recipe: Recipe) -> Iterator[SettingProblem]:
-    """Yield an unknown environment, and a KL divergence from a model that changes."""
+    """Yield problems of the environment, and a KL divergence from a model that changes."""
     name = settings.environment
     if name is not None and not is_environment(name):
         known = ", ".join(ENVIRONMENTS)
         yield SettingProblem(
             f"train.grpo.environment is {name!r:.80}",
             f"use FILE.py:CLASS, or one of {known}",
+        )
+    if settings.turn_timeout is not None and settings.turn_timeout < settings.tool_timeout:
+        yield SettingProblem(
+            f"train.grpo.turn_timeout is {settings.turn_timeout:g}, less than the"
+            f" {settings.tool_timeout:g} s of tool_timeout",
+            "raise turn_timeout, or lower tool_timeout",
         )
     if not settings.beta:
         return

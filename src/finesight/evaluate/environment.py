@@ -244,7 +244,7 @@ class EnvironmentSession:
         if value is None:
             return None
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise EpisodeError("a reply with an invalid reward", where=self._where)
+            raise EpisodeError(f"a reply with an invalid reward: {value!r:.60}", where=self._where)
         return float(value)
 
     def run(self, job: Callable[..., JobOutput], *args: object) -> JobOutput:
@@ -292,7 +292,10 @@ def read_blocks(reply: JobOutput, where: str) -> list[ResultBlock]:
     is_valid = is_valid and num_images == len(reply.arrays) <= environment_worker.MAX_RESULT_IMAGES
     is_valid = is_valid and num_pixels <= environment_worker.MAX_RESULT_PIXELS
     if not is_valid or num_chars > environment_worker.MAX_RESULT_CHARS:
-        raise EpisodeError("a reply with an invalid result", where=where)
+        raise EpisodeError(
+            f"a reply with an invalid result of {num_chars} characters and {len(reply.arrays)} images",
+            where=where,
+        )
     images = map(Image.fromarray, reply.arrays)
     return [next(images) if text is None else text for text in texts]
 

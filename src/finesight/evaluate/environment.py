@@ -293,7 +293,7 @@ def read_blocks(reply: JobOutput, where: str) -> list[ResultBlock]:
     is_valid = is_valid and num_pixels <= environment_worker.MAX_RESULT_PIXELS
     if not is_valid or num_chars > environment_worker.MAX_RESULT_CHARS:
         raise EpisodeError(
-            f"a reply with an invalid result of {num_chars} characters and {len(reply.arrays)} images",
+            f"a reply with an invalid result: {num_chars} characters, {len(reply.arrays)} images",
             where=where,
         )
     images = map(Image.fromarray, reply.arrays)

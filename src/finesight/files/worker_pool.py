@@ -442,7 +442,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         num_free -= len(payload)
         meta = json.loads(payload)
         if not isinstance(meta, dict):
-            raise TypeError("a reply without keys")
+            raise TypeError(f"a reply of the type {type(meta).__name__}")
         arrays = []
         for dtype, shape in meta.get("arrays", ()):
             data = bytearray(self._connection.recv_bytes(num_free))

@@ -559,24 +559,24 @@ def _build_folder_error(source: Path) -> UserError:
 
 def _check_table_options(files: Sequence[Path], options: ImportOptions) -> None:
     """Reject options of tables for other files."""
-    suffixes: set[str] = set()
     for file in files:
         suffix = get_row_suffix(file)
-        suffixes.add(".jsonl" if suffix == ".txt" and is_json_lines(file) else suffix)
-    if options.encoding and not suffixes <= {*TEXT_TABLE_SUFFIXES}:
-        raise UserError(
-            "the source is not a .csv, .tsv or .txt file",
-            where="--encoding",
-            expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
-            remedy="remove --encoding",
-        )
-    if options.no_header and not suffixes <= {*TABLE_SUFFIXES}:
-        raise UserError(
-            "the source is not a .csv, .tsv, .txt or .xlsx file",
-            where="--no-header",
-            expected="a table whose first row contains values",
-            remedy="remove --no-header",
-        )
+        if suffix == ".txt" and is_json_lines(file):
+            suffix = ".jsonl"
+        if options.encoding and suffix not in TEXT_TABLE_SUFFIXES:
+            raise UserError(
+                f"the source is not a .csv, .tsv or .txt file: {file.name}",
+                where="--encoding",
+                expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
+                remedy="remove --encoding",
+            )
+        if options.no_header and suffix not in TABLE_SUFFIXES:
+            raise UserError(
+                f"the source is not a .csv, .tsv, .txt or .xlsx file: {file.name}",
+                where="--no-header",
+                expected="a table whose first row contains values",
+                remedy="remove --no-header",
+            )
 
 
 def _find_requested(options: ImportOptions) -> DatasetFormat | None:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from finesight.settings.config import Recipe
 
 
-ENVIRONMENT_SETTINGS = ("environment", "max_tool_calling_iterations", "tool_timeout")
+ENVIRONMENT_SETTINGS = (
+    "environment",
+    "max_tool_calling_iterations",
+    "tool_timeout",
+    "turn_timeout",
+)
 
 
 class Settings(SettingsSection):
@@ -78,8 +83,6 @@ class Settings(SettingsSection):
             is_default = dict(self)[name] == type(self).model_fields[name].default
             if is_default and self.environment is None:
                 values.pop(name, None)
-        if self.turn_timeout is None:
-            values.pop("turn_timeout", None)
         return values
 
     @property

@@ -191,12 +191,15 @@ def test_page_tests_a_server_with_its_key(folder, run, monkeypatch):
         ({"error": {"message": "<i>busy</i>"}}, 429, "<i>busy</i>"),
         ({"choices": []}, 200, "an answer of another form"),
         ([], 200, "an answer of another form"),
+        ("deep", 200, "an answer of another form"),
         ({"choices": [{"message": {"content": "x" * 2_000_000}}]}, 200, "of another form"),
     ],
 )
 def test_answers_of_a_failing_server_are_errors(folder, run, content, status, message):
     with run_server(folder) as server, open_client(folder) as client:
         server.answer = JSONResponse(content, status)
+        if content == "deep":
+            server.answer = Response("[" * 100_000)
         answer = client.post("/servers/1/test", json={})
         assert (answer.status_code, message in answer.json()["error"]) == (422, True)
         # A failed test does not block the next one.
@@ -233,6 +236,13 @@ def test_key_goes_only_to_a_server_that_has_its_port(folder, run):
             answer = client.post(f"/servers/1/{name}", json={})
             assert "a key of its own" in answer.json()["error"]
         assert server.requests == []
+    # A stopping server has closed its port, at which another account may listen.
+    with run_server(folder) as server, open_client(folder) as client:
+        (folder / ".finesight/jobs/1/stop_requested").touch()
+        answer = client.post("/servers/1/test", json={})
+        assert "the server is not running" in answer.json()["error"]
+        assert server.requests == []
+    (folder / ".finesight/jobs/1/stop_requested").unlink()
     ended = {"target": "runs/a", "port": 7, "exit_code": 0}
     log = f"serving a at {ADDRESS}\n"
     write_job(folder, "export", "serve runs/a", log=log, **ended)

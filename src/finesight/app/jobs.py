@@ -181,8 +181,8 @@ class Job(BaseModel, frozen=True):
     def read_model_names(self) -> list[str]:
         """Return the models of an HTTP server that listens at its port; empty before.
 
-        Its process prints them after it has bound the port. Until it ends, no other program can
-        answer there.
+        Its process prints them after it has bound the port. Until it stops, no other program can
+        answer there. A stopping server has closed its port before its process ends.
         """
         names: list[str] = []
         with contextlib.suppress(OSError), (self.folder / LOG_FILE).open("rb") as log:
@@ -190,7 +190,8 @@ class Job(BaseModel, frozen=True):
             if match := re.search(rf"^serving (.+) at {re.escape(self.address)}$", text, re.M):
                 names = match[1].split(", ")
         is_server = self.port > 0 and self.arguments[0] == "serve"
-        return names if is_server and self.status == "running" else []
+        is_running = self.status == "running" and not self.is_stopping
+        return names if is_server and is_running else []
 
     @property
     def is_stopping(self) -> bool:

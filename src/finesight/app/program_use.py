@@ -134,6 +134,14 @@ def read_question(state: object, workspace: Path, file: Path) -> JobOutput:
     raise problem
 
 
+def list_image_names(content: Content) -> list[str]:
+    """Return the names of the files in the code, one for each image of a question."""
+    num_images = sum(part["type"] == "image_url" for part in content)
+    if num_images == 1:
+        return ["photo.jpg"]
+    return [f"photo-{number}.jpg" for number in range(1, num_images + 1)]
+
+
 def list_snippets(address: str, model: str, content: Content, *, has_key: bool) -> list[Snippet]:
     """Return programs that ask a question about files of images.
 
@@ -143,16 +151,12 @@ def list_snippets(address: str, model: str, content: Content, *, has_key: bool) 
     Args:
         content: Question, whose images are replaced by names of files.
     """
-    num_images = sum(part["type"] == "image_url" for part in content)
-    files: list[str] = []
+    files = list_image_names(content)
+    names = iter(files)
     parts: Content = []
     for part in content:
         if part["type"] == "image_url":
-            name = "photo.jpg"
-            if num_images > 1:
-                name = f"photo-{len(files) + 1}.jpg"
-            files.append(name)
-            parts.append({"type": "image_url", "image_url": {"url": f"\0{files[-1]}\0"}})
+            parts.append({"type": "image_url", "image_url": {"url": f"\0{next(names)}\0"}})
         else:
             text = shorten(part["text"].replace("\0", ""), MAX_PROMPT_CHARS)
             parts.append({"type": "text", "text": text})
@@ -267,15 +271,18 @@ def read_key(job: Job) -> str:
     if "--key-file" not in job.arguments:
         raise UserError("the server has no key", where="job", remedy="no key is needed")
     file = load_key_file()
-    if job.arguments[job.arguments.index("--key-file") + 1] != str(file):
+    words = (*job.arguments, "")
+    if words[words.index("--key-file") + 1] != str(file):
         raise UserError(
             "the server has a key of its own",
             where="job",
             expected=f"a server with the key in {file.name}",
             remedy="stop the server, and start it again on this page",
         )
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return next(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            return line.strip()
+    raise UserError("has no key", where=str(file), remedy="delete it, and start the server again")
 
 
 def _read_models(job: Job) -> list[str]:
@@ -321,9 +328,9 @@ async def ask_server(job: Job, content: Content) -> str:
                     break
     except (httpx2.HTTPError, TimeoutError) as error:
         raise UserError(
-            f"the server does not answer ({type(error).__name__})",
+            "the server does not answer",
             where="job",
-            expected=f"an answer within {MAX_TEST_SECONDS:.0f} seconds",
+            expected="an answer within two minutes",
             remedy="see its log under “Details”",
         ) from error
     return _parse_answer(received)
@@ -339,6 +346,8 @@ def _parse_answer(received: bytes) -> str:
         else:
             text = reply["choices"][0]["message"]["content"]
             return shorten(str(text), MAX_ANSWER_CHARS).encode(errors="replace").decode()
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise UserError(message, where="job", expected="an answer", remedy="see its log")
+    raise UserError(
+        message, where="job", expected="an answer", remedy="see its log under “Details”"
+    )

@@ -26,6 +26,7 @@ from finesight.app.pages import describe_error
 from finesight.app.program_use import (
     Content,
     build_default_content,
+    list_image_names,
     list_snippets,
     read_example_content,
 )
@@ -579,19 +580,16 @@ class StudioView:
         if job is None or not models:
             return None
         has_key = "--key-file" in job.arguments
-        content = self.read_example(job)
+        example = self.read_example(job)
+        content = example or build_default_content(self.workspace.read_prompt(state.run, None))
         # The page has no data of the image, which the test shows.
         return {
             "address": job.address,
             "model": models[0],
             "has_key": has_key,
-            "has_example": content is not None,
-            "snippets": list_snippets(
-                job.address,
-                models[0],
-                content or build_default_content(self.workspace.read_prompt(state.run, None)),
-                has_key=has_key,
-            ),
+            "has_example": example is not None,
+            "images": ", ".join(list_image_names(content)),
+            "snippets": list_snippets(job.address, models[0], content, has_key=has_key),
         }
 
     def read_example(self, job: Job) -> Content | None:

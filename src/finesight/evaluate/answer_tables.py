@@ -55,8 +55,15 @@ COLUMN_WIDTHS = {"thumbnail": 18, "id": 18, "image": 30, "prompt": 24, "answer":
 DEFAULT_WIDTH = 18
 
 # Spreadsheets evaluate such texts, in some languages also after a full-width sign. Signed values
-# are no formulas.
-_FORMULA_START = re.compile(r"[=@\t\r\uff1d\uff0b\uff0d\uff20]|[+\-](?![\d.,]*$)")
+# are no formulas. Where lists have semicolons, a spreadsheet begins a cell after each semicolon of
+# a text, and after each line break, since it does not know the quotes of the commas.
+_FORMULA_START = re.compile(
+    r"""
+    (?: ^ | (?<=[;\t\r\n]) )
+    (?= [\t\r] | "* (?: [=@\uff1d\uff0b\uff0d\uff20] | [+\-](?! [\d.,]* (?: [;\t\r\n] | $ ) ) ) )
+    """,
+    re.VERBOSE,
+)
 _INVALID_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _XML_ESCAPE = re.compile(r"_(?=x[0-9A-Fa-f]{4}_)")
 
@@ -110,11 +117,10 @@ def format_csv(table: AnswerTable) -> str:
 def _format_csv_cell(value: object) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if _FORMULA_START.match(value):
-        return f"'{value}"
-    return value
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _FORMULA_START.sub("'", text)
 
 
 def can_write_workbooks() -> bool:

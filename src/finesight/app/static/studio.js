@@ -384,6 +384,12 @@ const toggleKey = async (button) => {
   }
 };
 
+// The browser may keep the page for its button “Back”, also after the sign-out.
+addEventListener("pagehide", () => {
+  const button = document.querySelector('[data-program="key"][aria-pressed="true"]');
+  if (button) toggleKey(button);
+});
+
 const copyCode = async (button) => {
   const code = button.parentElement.querySelector("code").cloneNode(true);
   try {

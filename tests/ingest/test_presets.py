@@ -20,6 +20,7 @@ from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import import_dataset
 from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
 from finesight.ingest.presets import find_preset, load_presets, matches
+from finesight.samples.line_index import MAX_LINE_BYTES
 from finesight.samples.sample import read_samples
 
 GOLDEN: dict[str, list[dict[str, Any]]] = load_cases("presets")
@@ -199,3 +200,47 @@ def test_a_preset_of_a_folder_leaves_out_files_of_the_project(tmp_path: Path) ->
     samples, summary = import_samples(tmp_path, tmp_path / "out", mapping=found)
     assert list_answers(samples) == [[("kettle", (40, 30, 140, 120))]]
     assert "other files, not read: 1 .json" in summary.text_format
+
+
+def test_answers_that_are_numbers_of_boxes_have_no_preset(folder: Path) -> None:
+    document = json.loads(json.dumps(GOLDEN["visual7w"][0]["document"]))
+    pair = document["images"][0]["qa_pairs"][0]
+    pair |= {"type": "which", "answer": 7, "multiple_choices": [8, 9, 10]}
+    (folder / "pointing.json").write_text(json.dumps(document), encoding="utf-8")
+    assert find_preset(folder / "pointing.json") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "objects", "change"),
+    [
+        (
+            "supervisely",
+            "objects",
+            {
+                "geometryType": "polygon",
+                "points": {"exterior": [[40, 30], [90, 30], [90, 90]], "interior": []},
+            },
+        ),
+        ("supervisely", "objects", {"geometryType": "line"}),
+        ("superannotate", "instances", {"type": "polygon", "points": [40, 30, 90, 30, 90, 90]}),
+    ],
+)
+def test_shapes_without_boxes_are_not_left_out(
+    folder: Path, name: str, objects: str, change: dict[str, Any]
+) -> None:
+    record = json.loads(json.dumps(GOLDEN[name][0]["records"][0]))
+    assert matches(load_presets()[name], [record], folder)
+    record[objects].append({**record[objects][0], **change})
+    assert not matches(load_presets()[name], [record], folder)
+
+
+def test_a_document_in_a_file_of_lines_has_a_preset(folder: Path) -> None:
+    golden = GOLDEN["hiertext"][0]
+    path = folder / "train.jsonl"
+    document = {**golden["document"], "padding": "x" * MAX_LINE_BYTES}
+    path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    found = find_preset(path)
+    assert found is not None
+    samples, _ = import_samples(path, folder / "out", mapping=found)
+    labels = [[label for label, _ in boxes] for boxes in list_answers(samples)]
+    assert labels == [["MIND THE", "STEP"]]

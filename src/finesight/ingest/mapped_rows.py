@@ -164,6 +164,8 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         context.row_notes.update({f"samples {name}": count for name, count in left_out.items()})
     else:
         context.skipped_rows.update(dict.fromkeys(left_out, 1))
+        if left_out:  # all keys of the record
+            values.discard(values.root)
     _use_keys(values, row, mapping)
     _count_keys(values, mapping, context)
     return MappedRow(examples, values.readings, list(values.iter_unused()))

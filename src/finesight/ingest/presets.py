@@ -24,7 +24,7 @@ from finesight.ingest.record_files import read_preview_records
 from finesight.ingest.record_values import RecordValues, Scope, parse_texts, read_record
 from finesight.ingest.row_reader import SNIFF_BYTES, Record, SourceRow, get_row_suffix
 from finesight.samples.image_file import CorruptImageError
-from finesight.samples.line_index import MAX_LINE_BYTES, open_data_file
+from finesight.samples.line_index import MAX_LINE_BYTES, UTF8_BOM, open_data_file
 from finesight.samples.sample import InvalidRowError, read_data_file
 
 PRESETS_FOLDER = "presets"
@@ -65,6 +65,10 @@ def find_preset(path: Path) -> MappingFormat | None:
         return _find_document_preset(path)
     if not path.is_dir() and get_row_suffix(path) not in PRESET_SUFFIXES:
         return None
+    if path.is_file() and path.suffix.lower() == ".jsonl" and _is_single_object(path):
+        document_preset = _find_document_preset(path)  # HierText
+        if document_preset is not None:
+            return document_preset
     folder = path if path.is_dir() else path.parent
     try:
         records = read_preview_records(path, NUM_DETECTION_ROWS)
@@ -84,6 +88,18 @@ def _has_json_lines(path: Path) -> bool:
         first = file.readline(MAX_LINE_BYTES).strip()
         second = file.readline(SNIFF_BYTES).lstrip()
     return first.endswith(b"}") and second.startswith(b"{")
+
+
+def _is_single_object(path: Path) -> bool:
+    """Return whether a file is an object in one line. The line may be long."""
+    with open_data_file(path) as file:
+        if not file.readline(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(b"{"):
+            return False
+        file.seek(0)
+        while block := file.readline(MAX_LINE_BYTES):
+            if block.endswith(b"\n"):
+                break
+        return not file.read(SNIFF_BYTES).strip()
 
 
 def _read_table_folder(folder: Path) -> list[Record]:

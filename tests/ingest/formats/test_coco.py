@@ -93,6 +93,8 @@ def test_captions_and_boxes_of_five_values_are_counted(tmp_path: Path) -> None:
     [
         ("annotations", "utf8_string", "EXIT"),
         ("annotations", "sentences", ["the dog on the left"]),
+        ("annotations", "sentences", [{"raw": "the dog on the left"}]),
+        ("annotations", "attributes", {"occluded": False, "text": "EXIT"}),
         ("images", "question", "Where is the dog?"),
         ("images", "Caption", "A dog."),
     ],

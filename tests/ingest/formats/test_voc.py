@@ -182,5 +182,11 @@ def test_texts_of_objects_need_consent(root: Path, tmp_path: Path, tag: str) -> 
     detect_roles(root, ImportOptions(format="voc"), tmp_path / "out")
 
 
+def test_texts_of_images_need_consent(root: Path, tmp_path: Path) -> None:
+    annotate(root, ANNOTATION.replace("<object>", "<caption>Two dogs.</caption><object>", 1))
+    with pytest.raises(UserError, match=r"images have texts.*caption"):
+        detect_roles(root, ImportOptions(), tmp_path / "out")
+
+
 def test_objects_without_texts_need_no_consent(root: Path, tmp_path: Path) -> None:
     assert detect_roles(root, ImportOptions(), tmp_path / "out").proposal is None

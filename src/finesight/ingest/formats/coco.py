@@ -71,8 +71,9 @@ _ANNOTATION_KEYS = (
 _OBJECT_KEYS = frozenset(("bbox", "segmentation", "category_id"))
 REASON_NO_CAPTION = "images without a caption"
 TEXTS_REMEDY = (
-    "if the texts belong neither to the question nor to the answer, import with --format coco; else"
-    " name them in a mapping file (--mapping) with the lists as tables (page Mapping files)"
+    "if the texts belong neither to the question nor to the answer, import this file with --format"
+    " coco; else name them in a mapping file (--mapping) with the lists as tables (page Mapping"
+    " files)"
 )
 UNSUPPORTED_KEYS = ("segmentation", "keypoints")
 

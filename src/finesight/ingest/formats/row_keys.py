@@ -457,12 +457,12 @@ def reject_texts(
         UserError: A key with the name of a text has one. The remedy is consent by `--format`.
     """
     for values in objects:
-        for key, value in values.items():
+        others = {key: value for key, value in values.items() if key not in used}
+        for path, key, value in iter_nested(others):
             name = re.sub(r"[\W_]", "", key).lower()
-            is_text_key = key not in used and name in TEXT_NAMES
-            if is_text_key and _has_letters(value):
+            if name in TEXT_NAMES and _has_letters(value):
                 raise UserError(
-                    f"{level} have texts, which a detection dataset leaves out: {key}"
+                    f"{level} have texts, which a detection dataset leaves out: {path}"
                     f" ({str(value)[:60]!r})",
                     expected="boxes with classes only",
                     remedy=remedy,
@@ -470,7 +470,9 @@ def reject_texts(
 
 
 def _has_letters(value: object) -> bool:
-    """Return whether a value is a text with letters, or a list with such a text."""
+    """Return whether a value is a text with letters, or a list or an object with such a text."""
+    if isinstance(value, dict):
+        return any(map(_has_letters, value.values()))
     if isinstance(value, list):
         return any(map(_has_letters, value))
     return isinstance(value, str) and re.search(r"[^\W\d_]", value) is not None

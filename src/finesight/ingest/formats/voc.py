@@ -48,8 +48,11 @@ def _open_voc(source: Path) -> tuple[RowReader, str] | None:
 
 
 def _check_texts(row: SourceRow) -> None:
-    """Reject texts of objects, which would be left out."""
-    for element in _read_xml(Path(row.record["file"])).iterfind("object"):
+    """Reject texts of an image and of its objects, which would be left out."""
+    root = _read_xml(Path(row.record["file"]))
+    for child in root:
+        reject_texts([{child.tag: child.text}], _ROOT_TAGS, "images", TEXTS_REMEDY)
+    for element in root.iterfind("object"):
         for child in element:
             reject_texts([{child.tag: child.text}], _OBJECT_TAGS, "objects", TEXTS_REMEDY)
 

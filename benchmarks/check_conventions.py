@@ -38,9 +38,7 @@ from box_sources import (
     load_real_sources,
 )
 
-from finesight.ingest.check.box_hypothesis import (
-    BoxClaim,
-)
+from finesight.ingest.check.box_hypothesis import BoxClaim
 from finesight.ingest.check.convention_detector import find_convention_issues
 from finesight.samples.frames import PIXELS, BoxFrame, apply_exif_orientation, get_frame
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from case_files import load_cases
-from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from finesight.ingest.exporter import ExportSummary, export_dataset
@@ -13,7 +12,6 @@ from finesight.ingest.image_resolver import ImageResolver
 from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import ImportSummary, import_dataset
 from finesight.ingest.row_reader import SourceRow
-from finesight.samples.frames import ImageSizes
 from finesight.samples.sample import (
     BoxPart,
     ContentPart,
@@ -37,21 +35,6 @@ SCENES: dict[str, dict[str, Any]] = load_cases("box_scenes")
 of 40 x 20 pixels. `lawn`, `dog`: the part of the first file that is replaced."""
 SCENE = (12, 3, 32, 17)
 """White pixels of the scene."""
-
-
-@st.composite
-def image_boxes(
-    draw: st.DrawFn, factor: int, labels: tuple[str | None, ...], max_multiple: int = 40
-) -> tuple[BoxPart, ImageSizes]:
-    """Draw boxes in images whose resized sides are multiples of a factor."""
-    original_size = draw(st.tuples(*[st.integers(1, 3000)] * 2))
-    multiples = draw(st.tuples(*[st.integers(1, max_multiple)] * 2))
-    height, width = original_size
-    xs, ys = (sorted(draw(st.tuples(*[st.floats(0, side)] * 2))) for side in (width, height))
-    resized_size = multiples[0] * factor, multiples[1] * factor
-    label = draw(st.sampled_from(labels))
-    box = BoxPart(label=label, xyxy=(xs[0], ys[0], xs[1], ys[1]))
-    return box, ImageSizes(original_size, resized_size)
 
 
 def write_box_image(path: Path, corners: PixelBox, size: tuple[int, int] = (40, 20)) -> Path:

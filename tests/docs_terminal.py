@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 from case_files import load_cases
+from container_fixtures import make_parquet
 from docs_code_blocks import CodeBlock
 from fake_hub_servers import HuggingFaceHandler, ModelScopeHandler, run_hub_server
-from hub_fixtures import make_image_cell, make_parquet
+from hub_fixtures import make_image_cell
 from PIL import Image
 from tiny_model import create_tiny_model
 

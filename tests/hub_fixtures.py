@@ -13,9 +13,7 @@ from typing import Any
 
 import fake_hub_servers as fake
 import pytest
-from container_fixtures import make_parquet as make_parquet
-from container_fixtures import make_png as make_png
-from container_fixtures import make_tar as make_tar
+from container_fixtures import make_png
 from huggingface_hub import constants
 
 from finesight.hub import download

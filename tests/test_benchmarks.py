@@ -13,8 +13,9 @@ import gpu_recommendation
 import pytest
 import yaml
 from case_files import load_cases
+from container_fixtures import make_parquet
 from fake_hub_servers import FakeHubServer, HuggingFaceHandler, run_hub_server
-from hub_fixtures import cache, huggingface, make_image_cell, make_parquet
+from hub_fixtures import cache, huggingface, make_image_cell
 from math_answer import correct
 from real_weights import (
     DOCVQA,

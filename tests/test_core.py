@@ -87,7 +87,8 @@ def test_core_trains_and_proposes_its_own_commands(core, tmp_path):
     [
         (["import", "a.csv", "out"], "no such command: import"),
         (["show", "RECIPE", "model=hf:a/b"], "finesight is installed without finesight.hub"),
-        (["train", "RECIPE", "track=tensorboard"], "track"),
+        (["show", "RECIPE", "track=wandb"], "finesight is installed without finesight.track"),
+        (["train", "RECIPE", "track=wandb"], "finesight is installed without finesight.track"),
     ],
 )
 def test_missing_satellites_are_user_errors(core, tmp_path, words, problem):

@@ -18,6 +18,32 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+COPIED_FOLDERS = (
+    "benchmarks",
+    "docs",
+    "examples",
+    "pretraining",
+    "recipes",
+    "tests",
+    "tools",
+)
+COPIED_FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "Containerfile",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "README.zh.md",
+    "SECURITY.md",
+    "constraints.txt",
+    "pyproject.toml",
+    "setup.py",
+)
+"""What tests read besides the package."""
+
 ALIAS_FOLDER = "data/formats"
 """Former names of modules of a satellite."""
 
@@ -45,8 +71,12 @@ def copy_core(folder: Path) -> Path:
 
 def copy_project(folder: Path) -> Path:
     """Copy what tests read besides the package, and return the folder for PYTHONPATH."""
-    ignored = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "src")
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    folder.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    for name in COPIED_FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+    for name in COPIED_FILES:
+        shutil.copy2(ROOT / name, folder / name)
     shared = ROOT.parent / "shared"
     if shared.is_dir():
         (folder.parent / "shared").symlink_to(shared)

@@ -207,14 +207,18 @@ def render_limits_table(translate: Translate) -> str:
 
 
 def load_source_map() -> dict[str, Any]:
-    """Return the folders of the core, the satellites, and the functions of each path."""
+    """Return folders of the core, aliases, satellites, and the functions of each path."""
     return load_yaml((ROOT / "tools" / "source_map.yaml").read_text(encoding="utf-8"))
 
 
 def render_source_map(translate: Translate) -> str:
     """Render the folders of the package with their purposes, and the functions of the paths."""
     content = load_source_map()
-    titles = {"core": "core, which imports no satellite", "satellites": "satellites"}
+    titles = {
+        "core": "core, which imports no satellite",
+        "aliases": "aliases",
+        "satellites": "satellites",
+    }
     lines = ["```text", "src/finesight/"]
     for group, title in titles.items():
         lines.append(f"# {translate(title)}")
@@ -222,7 +226,8 @@ def render_source_map(translate: Translate) -> str:
             purpose = _first_sentence(ROOT / "src" / "finesight" / name / "__init__.py")
             lines.append(f"  {name + '/':<13}{translate(purpose)}")
     lines += ["```", ""]
-    lines += [f"| {translate('path')} | {translate('functions, in order')} |", "|---|---|"]
+    header = " | ".join(map(translate, ("path", "functions and classes, in order")))
+    lines += [f"| {header} |", "|---|---|"]
     for title, steps in content["paths"].items():
         functions = []
         for step in steps:

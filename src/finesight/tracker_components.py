@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finesight.components import Component, ComponentRegistry
 from finesight.errors import UserError
-from finesight.satellites import load_satellite
+from finesight.satellites import build_missing_error, load_satellite
 from finesight.settings.setting_types import is_url
 
 if TYPE_CHECKING:
@@ -127,6 +127,12 @@ TRACKERS = TrackerRegistry("trackers", TrackerComponent, "finesight.track.tracke
 def _import_interface() -> Any:
     """Import the class `Tracker`, whose package depends on the settings of recipes."""
     return load_satellite("finesight.track.tracker:Tracker")
+
+
+def require_track_package() -> None:
+    """Raise UserError if finesight is installed without the package of its trackers."""
+    if find_spec("finesight.track") is None:
+        raise build_missing_error("finesight.track", "")
 
 
 def get_example_tracker() -> str:

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from container_fixtures import make_png, make_tar
 from hub_fixtures import (
     build_coco_files,
     cache,
     certificate,
-    make_png,
-    make_tar,
     make_zip,
     read_image_bytes,
     web_server,

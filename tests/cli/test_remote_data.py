@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from container_fixtures import make_parquet, make_png, make_tar
 from hub_fixtures import (
     build_coco_files,
     cache,
     get_text,
     huggingface,
     make_image_cell,
-    make_parquet,
-    make_png,
-    make_tar,
     make_zip,
     modelscope,
     read_image_bytes,

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from container_fixtures import make_parquet
 from fake_hub_servers import FakeHubServer, HuggingFaceHandler, ModelScopeHandler, run_hub_server
-from hub_fixtures import get_text, make_image_cell, make_parquet
+from hub_fixtures import get_text, make_image_cell
 
 from finesight.samples.sample import read_samples
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from box_fixtures import image_boxes
+from box_strategies import image_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,11 +5,11 @@ import signal
 from itertools import count
 from typing import get_args
 
+import numpy as np
 import pytest
 from case_files import load_cases
 
 from finesight.errors import UserError
-from finesight.ingest.formats.table import find_stated_format
 from finesight.samples.boxes import (
     MAX_JSON_DEPTH,
     TextBox,
@@ -17,6 +17,7 @@ from finesight.samples.boxes import (
     clip_to_image,
     iou,
     iter_json_values,
+    pairwise_iou,
     parse_coordinates,
     parse_json_box,
     split_at_boxes,
@@ -186,6 +187,11 @@ def test_long_texts_about_boxes_are_read_in_linear_time(text):
     try:
         found.add(f"The box of width 1 height {text} 3, 4", ["a.png"], lambda name: (100, 100))
         assert [*found.describe()] == []
-        assert find_stated_format(f"{text}bbox_xywh") == "xywh"
     finally:
         signal.alarm(0)
+
+
+def test_overlap_is_intersection_over_union() -> None:
+    one = np.array([[0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 1, 1]], float)
+    other = np.array([[1, 0, 3, 2], [0, 0, 1, 1], [2, 2, 3, 3]], float)
+    assert pairwise_iou(one, other) == pytest.approx((1 / 3, 1, 0))

@@ -353,7 +353,8 @@ class ModelFamily(ABC):
         By default, one box is a JSON object and several are a list, with integer coordinates.
 
         Args:
-            images: Sizes of the images of the sample, in which `BoxPart.image` is an index.
+            boxes: Boxes whose `BoxPart.image` the caller has checked to be an index in `images`.
+            images: Sizes of the images of the sample.
         """
         items: list[dict[str, Any]] = []
         for box in boxes:

@@ -1,1 +1,1 @@
-"""Light halves of the native model families, one folder each. They import no torch."""
+"""Native model families, one folder each: a light half without torch, and an architecture."""

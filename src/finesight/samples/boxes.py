@@ -1,4 +1,4 @@
-"""Geometry of boxes in pixels, and boxes in texts.
+"""Geometry of boxes in pixels or as fractions of their images, and boxes in texts.
 
 Qwen2.5-VL answers contain boxes as JSON objects with the key `bbox_2d`. Other texts contain boxes
 or points as plain numbers, which no model family scales. An import converts them if their notation

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -155,8 +155,7 @@ class BoxFrame:
     @property
     def unit(self) -> Unit | None:
         """Unit of coordinates in this frame, or None without a name."""
-        corners = replace(self, order="xyxy")
-        return next((unit for unit, frame in UNIT_FRAMES.items() if frame == corners), None)
+        return _find_unit(self)
 
     def compute_size(self, height: Any, width: Any) -> tuple[Any, Any]:
         """Return height and width of images in the unit of the coordinates.
@@ -214,10 +213,15 @@ class BoxFrame:
         Args:
             height: Height of each image after EXIF rotation, [N].
             exif_orientation: EXIF orientation of each image, [N], for a frame of stored images.
+
+        Raises:
+            ValueError: A frame of stored images has no EXIF orientations.
         """
         corners = to_corner_table(self.order, coordinates)
-        if self.base != "stored" or exif_orientation is None:
+        if self.base != "stored":
             return divide_by_size(corners, *self.compute_size(height, width))
+        if exif_orientation is None:
+            raise ValueError("boxes of stored images need the EXIF orientation of each image")
         is_rotated = exif_orientation >= 5
         stored_height = np.where(is_rotated, width, height)
         stored_width = np.where(is_rotated, height, width)
@@ -237,6 +241,15 @@ UNIT_FRAMES: dict[Unit, BoxFrame] = {
     "100": _scale_sides(100.0),
     "1000": _scale_sides(1000.0),
 }
+
+
+@lru_cache(maxsize=100)
+def _find_unit(frame: BoxFrame) -> Unit | None:
+    corners = replace(frame, order="xyxy")
+    for unit, unit_frame in UNIT_FRAMES.items():
+        if unit_frame == corners:
+            return unit
+    return None
 
 
 PIXELS = UNIT_FRAMES["pixel"]

@@ -63,7 +63,7 @@ from finesight.settings.setting_types import (
     as_tuple,
     iter_paths,
 )
-from finesight.tracker_components import TRACKERS
+from finesight.tracker_components import TRACKERS, require_track_package
 
 
 class DataFileSettings(SettingsSection):
@@ -770,7 +770,13 @@ RewardList = Annotated[
 ]
 
 
-TrackerKind = Annotated[str, BeforeValidator(partial(_check_name, TRACKERS))]
+def _check_tracker(value: object) -> str:
+    with _report_component_errors():
+        require_track_package()
+    return _check_name(TRACKERS, value)
+
+
+TrackerKind = Annotated[str, BeforeValidator(_check_tracker)]
 
 MAX_RUN_NAME_CHARS = 100
 """Maximum number of characters of a run name, which all trackers accept."""

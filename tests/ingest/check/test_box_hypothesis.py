@@ -1,11 +1,11 @@
-"""Readings of numbers, against boxes worked out by hand and Pillow's own turns."""
+"""Readings of numbers, against boxes worked out by hand."""
 
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from finesight.ingest.check.box_hypothesis import (
     MAX_FALSE_POSITIVE_RATE,
@@ -22,7 +22,6 @@ from finesight.ingest.check.box_hypothesis import (
     normalize_boxes,
     open_edge_contrast,
 )
-from finesight.samples.boxes import pairwise_iou
 from finesight.samples.frames import BoxFrame
 from finesight.samples.image_file import CorruptImageError
 
@@ -33,45 +32,6 @@ def table(*values: Coordinates, size: tuple[int, int] = (100, 200), turn: int = 
     return BoxClaimTable(
         [BoxClaim("", str(n), Path("p"), size, turn, box) for n, box in enumerate(values)]
     )
-
-
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_exif_orientation_maps_box_like_pillow(turn: int) -> None:
-    stored = np.zeros((60, 90), np.uint8)
-    stored[10:25, 50:80] = 255
-    image = Image.fromarray(stored)
-    image.getexif()[0x0112] = turn
-    upright = np.asarray(ImageOps.exif_transpose(image))
-    rows, columns = np.nonzero(upright)
-    expected = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    claims = table((50, 10, 80, 25), size=upright.shape, turn=turn)
-    shares = normalize_boxes(BoxFrame(base="stored"), claims)[0]
-    height, width = upright.shape
-    assert shares * (width, height, width, height) == pytest.approx(expected)
-
-
-PATCHES = BoxFrame("xyxy", "pixels", 448, 448, is_capped=True, side_multiple=28)
-
-
-@pytest.mark.parametrize(
-    ("frame", "size", "sides"),
-    [
-        (BoxFrame("xyxy", "factor", 0.5, 0.5), (200, 100), (100, 50)),
-        (BoxFrame("xyxy", "longest", 100, 100), (200, 100), (100, 50)),
-        (BoxFrame("xyxy", "shortest", 50, 50), (200, 100), (100, 50)),
-        (BoxFrame("xyxy", "pixels", 5000**0.5, 0), (200, 100), (100, 50)),
-        (BoxFrame("xyxy", "fixed", 64, 48), (200, 100), (64, 48)),
-        (BoxFrame("xyxy", "longest", 400, 400), (200, 100), (400, 200)),
-        (BoxFrame("xyxy", "longest", 400, 400, is_capped=True), (200, 100), (200, 100)),
-        # 448 x 448 pixels are a factor of 0.578: 20.6 and 12.4 cells of 28 pixels.
-        (PATCHES, (1000, 600), (560, 336)),
-        (PATCHES, (300, 200), (308, 196)),
-        (PATCHES, (20, 30), (28, 28)),
-    ],
-)
-def test_resized_frame_size(frame, size, sides):
-    height, width = frame.compute_size(np.array([float(size[1])]), np.array([float(size[0])]))
-    assert (*np.ravel(width), *np.ravel(height)) == pytest.approx(sides)
 
 
 def test_impossible_boxes_are_flagged() -> None:
@@ -194,12 +154,6 @@ def test_image_evidence_uses_few_bytes_per_pixel() -> None:
     retained, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert retained < 4 * grey.size, f"{retained} bytes of {grey.size} pixels, 300 times"
-
-
-def test_overlap_is_intersection_over_union() -> None:
-    one = np.array([[0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 1, 1]], float)
-    other = np.array([[1, 0, 3, 2], [0, 0, 1, 1], [2, 2, 3, 3]], float)
-    assert pairwise_iou(one, other) == pytest.approx((1 / 3, 1, 0))
 
 
 def test_truncated_image_raises_damaged_error(tmp_path: Path) -> None:

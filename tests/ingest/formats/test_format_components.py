@@ -13,6 +13,7 @@ from plugin_fixtures import install, write_package
 import finesight
 from finesight.errors import UserError
 from finesight.ingest.formats import FORMATS, get_format, get_native_format, get_writable_format
+from finesight.ingest.formats.dataset_format import InvalidOptionError
 from finesight.ingest.import_source import ImportOptions
 from finesight.ingest.importer import import_dataset
 from finesight.operations import find_operation
@@ -215,3 +216,52 @@ def test_broken_format_of_a_plugin_is_a_user_error(problem, tmp_path, monkeypatc
         with pytest.raises(UserError, match=re.escape(problem)) as caught:
             get("meters", "--format")
         assert "plug-in meters of meters 1.0" in str(caught.value)
+
+
+BOXES = """
+from finesight.samples.frames import BoxFrame, get_frame
+
+
+def parse_boxes(row, context):
+    images = RowImages(context)
+    photo = images.add_image(row.record["photo"])
+    box = images.create_box(row.record["box"], "meter", FRAME)
+    question = context.add_prompt([photo])
+    turns = [Message(role="user", content=question), Message(role="assistant", content=(box,))]
+    return build_example(row.id, turns, {})
+
+
+WITH_BOXES = DatasetFormat("meters", '{"photo": "path"}', parse_boxes, None, ["prompt", "boxes"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("frame", "box"),
+    [
+        ("get_frame('xyxy', 'pixel')", [16, 12, 48, 36]),
+        ("get_frame('xywh', '1')", [0.25, 0.25, 0.5, 0.5]),
+        ("get_frame('yxyx', '1000')", [250, 250, 750, 750]),
+    ],
+)
+def test_boxes_of_a_plugin_are_converted_to_pixels(frame, box, tmp_path, monkeypatch):
+    install_meters(tmp_path / "site", monkeypatch, "WITH_BOXES", f"{BOXES}FRAME = {frame}")
+    write_gray_image(tmp_path / "a.png", 64, 48)
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"photo": "a.png", "box": box}])
+    import_dataset(source, tmp_path / "out", ImportOptions(format="meters", prompt="Where?"))
+    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
+    assert sample.messages[-1].content[0].xyxy == (16, 12, 48, 36)
+
+
+@pytest.mark.parametrize("base", ["stored", "longest", "fixed"])
+def test_boxes_of_a_plugin_in_a_frame_without_unit_end_the_import(base, tmp_path, monkeypatch):
+    """In contrast to errors of single rows, which are left out."""
+    code = f"{BOXES}FRAME = BoxFrame(base='{base}', width=640)"
+    install_meters(tmp_path / "site", monkeypatch, "WITH_BOXES", code)
+    write_gray_image(tmp_path / "a.png", 64, 48)
+    row = {"photo": "a.png", "box": [16, 12, 48, 36]}
+    source = write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    options = ImportOptions(format="meters", on_invalid_row="skip", on_invalid_box="drop")
+    with pytest.raises(InvalidOptionError, match="has no unit") as caught:
+        import_dataset(source, tmp_path / "out", options)
+    assert "pixel, resized, 1, 100, 1000" in str(caught.value)
+    assert not (tmp_path / "out").exists()

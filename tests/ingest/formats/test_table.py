@@ -1,6 +1,7 @@
 """Any table, read by the columns that the user names."""
 
 import json
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from finesight.ingest.formats.table import (
     COMPONENT,
     check_guessed_columns,
     find_box_format,
+    find_stated_format,
     guess_box_options,
     guess_columns,
     suggest_mapping,
@@ -440,3 +442,17 @@ def test_rows_of_boxes_may_lack_some_fields(tmp_path: Path) -> None:
     answers = [json.loads(sample.messages[-1].content[0].text) for sample in samples]
     assert answers == [{"color": "red"}, {"color": "red", "size": "small"}]
     assert [len(sample.messages[-1].content) for sample in samples] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["." * 300_000 + "x", "1." * 200_000, " \n" * 200_000, "item 1, 2, 3 sold " * 30_000],
+    ids=range(4),
+)
+def test_long_names_of_box_columns_are_read_in_linear_time(text):
+    """In the square of their length they take minutes."""
+    signal.alarm(60)
+    try:
+        assert find_stated_format(f"{text}bbox_xywh") == "xywh"
+    finally:
+        signal.alarm(0)

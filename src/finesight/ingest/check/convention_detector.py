@@ -79,7 +79,7 @@ _FORMAT_NAMES = {
     "cxcywh": "a center and a size (x, y, width, height)",
     "yxyx": "two corners with y first (y1, x1, y2, x2)",
 }
-_UNIT_NAMES: dict[Unit | None, str] = {
+_UNIT_NAMES: dict[Unit, str] = {
     "pixel": "pixels",
     "resized": "pixels of the image as Qwen2.5-VL resizes it",
     "1": "fractions of the image",
@@ -158,6 +158,7 @@ class HypothesisComparison:
         self.num_invalid = claims.count_samples(declared_invalid)
         self.num_alternative_invalid = claims.count_samples(alternative_invalid)
         self.undecided_fraction = 1 - self.num_invalid / self.total
+        assert declared.unit is not None, "an import accepts only units that have a name"
         declared_form = _FORMAT_NAMES[declared.order]
         self.declared_name = f"{declared_form} in {_UNIT_NAMES[declared.unit]}"
         self.p_value_text, self.votes = "", ""

@@ -34,7 +34,7 @@ from finesight.samples.boxes import (
     clip_to_image,
     parse_coordinates,
 )
-from finesight.samples.frames import PIXELS, Box, BoxFrame, Order, Unit, get_frame
+from finesight.samples.frames import PIXELS, UNIT_FRAMES, Box, BoxFrame, Order, Unit, get_frame
 from finesight.samples.sample import (
     MAX_BOXES,
     BoxPart,
@@ -287,7 +287,17 @@ class ImportContext:
         return Counter() if self.box_task == "points" else self.row_notes
 
     def resolve_frame(self, default: BoxFrame) -> BoxFrame:
-        """Return the frame that the user gives, else that of the dataset format."""
+        """Return the frame that the user gives, else that of the dataset format.
+
+        Raises:
+            InvalidOptionError: The frame of the format, such as that of a plug-in, has no unit.
+        """
+        if default.unit is None:
+            raise InvalidOptionError(
+                f"the format reads boxes in {default}, which has no unit",
+                expected=f"a frame of get_frame: one of {', '.join(UNIT_FRAMES)}",
+                remedy="correct the format, or convert the boxes to pixels in it",
+            )
         order = self.box_format or default.order
         if self.box_units is None:
             return replace(default, order=order)
@@ -295,6 +305,9 @@ class ImportContext:
 
     def read_box(self, value: object, image_path: Path, default: BoxFrame) -> Box:
         """Convert the coordinates of a row to two corners in pixels, equal for a point.
+
+        Args:
+            default: Frame of the dataset format; it needs a unit, see `get_frame`.
 
         Raises:
             InvalidBoxError: The value is not a box, or the box is not inside the image; see
@@ -433,6 +446,7 @@ class RowImages:
         """Create a box part from four coordinates, or a point part from two.
 
         Args:
+            default: Frame of the dataset format; it needs a unit, see `get_frame`.
             image_index: 0-based index of the image; None is the last added image.
         """
         if not self.paths:

@@ -135,7 +135,7 @@ def read_question(state: object, workspace: Path, file: Path) -> JobOutput:
 
 
 def list_image_names(content: Content) -> list[str]:
-    """Return the names of the files in the code, one for each image of a question."""
+    """Return the names of the files of a question's images in the code."""
     num_images = sum(part["type"] == "image_url" for part in content)
     if num_images == 1:
         return ["photo.jpg"]

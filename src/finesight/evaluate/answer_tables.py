@@ -85,11 +85,11 @@ def build_table(records: Sequence[Mapping[str, Any]]) -> AnswerTable:
 
     fields: list[dict[str, Any]] = []
     for record in records:
-        values = [found.value for found in iter_json_values(record["answer"])]
-        if len(values) == 1 and isinstance(values[0], dict):
-            fields.append(values[0])
-        else:
-            fields.append({})
+        found = list(iter_json_values(record["answer"]))
+        own: dict[str, Any] = {}
+        if len(found) == 1 and isinstance(found[0].value, dict):
+            own = found[0].value
+        fields.append(own)
     names = [name for name, _ in Counter(chain(*fields)).most_common(MAX_FIELDS)]
     header = [*TABLE_COLUMNS]
     for name in names:
@@ -99,7 +99,9 @@ def build_table(records: Sequence[Mapping[str, Any]]) -> AnswerTable:
         cells: list[object] = []
         for column in TABLE_COLUMNS:
             value = record.get(column)
-            cells.append(", ".join(value) if isinstance(value, list) else value)
+            if isinstance(value, list):
+                value = ", ".join(value)
+            cells.append(value)
         rows.append((*cells, *map(own.get, names)))
     return AnswerTable(header, rows)
 
@@ -119,8 +121,14 @@ def _format_csv_cell(value: object) -> str:
         return ""
     if isinstance(value, int | float):
         return json.dumps(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return _FORMULA_START.sub("'", text)
+    return _FORMULA_START.sub("'", _format_text(value))
+
+
+def _format_text(value: object) -> str:
+    """Return a text itself, and another value as JSON."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def can_write_workbooks() -> bool:
@@ -227,9 +235,8 @@ def _convert_cell(value: object) -> str | float | None:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     # XML excludes some characters. Excel reads _x0041_ as an escaped character.
-    text = _INVALID_XML.sub("\ufffd", escape_surrogates(text))
+    text = _INVALID_XML.sub("\ufffd", escape_surrogates(_format_text(value)))
     return _XML_ESCAPE.sub("_x005F_", text[:MAX_CELL_CHARS])
 
 

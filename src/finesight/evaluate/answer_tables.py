@@ -119,7 +119,9 @@ def _format_csv_cell(value: object) -> str:
         return ""
     if isinstance(value, int | float):
         return json.dumps(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = str(value)
+    if not isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False)
     return _FORMULA_START.sub("'", text)
 
 

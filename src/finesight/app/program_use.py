@@ -135,7 +135,7 @@ def read_question(state: object, workspace: Path, file: Path) -> JobOutput:
 
 
 def list_image_names(content: Content) -> list[str]:
-    """Return the names of the files of a question's images in the code."""
+    """Return the file names of the images of a question in the code."""
     num_images = sum(part["type"] == "image_url" for part in content)
     if num_images == 1:
         return ["photo.jpg"]
@@ -282,7 +282,9 @@ def read_key(job: Job) -> str:
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             return line.strip()
-    raise UserError("has no key", where=str(file), remedy="delete it, and start the server again")
+    raise UserError(
+        f"{file.name} has no key", where=str(file), remedy="delete it, and start the server again"
+    )
 
 
 def _read_models(job: Job) -> list[str]:
@@ -328,7 +330,7 @@ async def ask_server(job: Job, content: Content) -> str:
                     break
     except (httpx2.HTTPError, TimeoutError) as error:
         raise UserError(
-            "the server does not answer",
+            f"the server does not answer ({type(error).__name__})",
             where="job",
             expected="an answer within two minutes",
             remedy="see its log under “Details”",

@@ -850,7 +850,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     async def post_action(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in page.actions:
-            raise HTTPException(404, "no such action")
+            raise HTTPException(404, f"no such action: {name!r:.80}")
         form = await parse_body(request, Form)
         url = await to_thread.run_sync(page.run_action, name, read_selection(request), form)
         return JSONResponse({"url": url})

@@ -59,7 +59,10 @@ def test_page_has_the_same_content_in_both_languages(name: str) -> None:
 def normalize_block(block: CodeBlock) -> tuple[str, str | None, str | None, str]:
     # Captions of toctrees are translated; only their entries are compared.
     caption = None if block.language == "toctree" else block.caption
-    return block.language, caption, block.needs, block.code
+    code = block.code
+    if code.startswith("src/finesight/\n"):  # The tree has translated descriptions of folders.
+        code = "\n".join(line.split()[0] for line in code.splitlines())
+    return block.language, caption, block.needs, code
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"])

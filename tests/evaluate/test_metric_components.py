@@ -54,6 +54,7 @@ OTHER_MEANINGS = {
     "ingest/formats/openai.py": "key of a turn",
     "ingest/import_source.py": "values of --box-task",
     "ingest/mapped_rows.py": "values of --box-task",
+    "ingest/formats/row_keys.py": "names of texts in data",
     "ingest/source_options.py": "values of --box-task",
     "serve/chat_completions.py": "key of a message",
     "evaluate/rewards/boxes.py": "metrics whose reward it is",

@@ -20,7 +20,11 @@ from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import ImageReader, create_image_pool
 
 SERVER_PACKAGES = ("app", "label", "serve")
-WORKER_MODULES = {"serve/preprocessing_jobs.py", "app/import_preview.py"}
+WORKER_MODULES = {
+    "serve/preprocessing_jobs.py",
+    "app/example_question.py",
+    "app/import_preview.py",
+}
 """Modules whose functions run in worker processes."""
 
 IMAGE_FUNCTIONS = {"PIL", "load_image", "read_image_size", "open_image_header", "check_pixels"}

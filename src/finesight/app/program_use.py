@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,25 +18,16 @@ from typing import Any
 
 import httpx2
 
+from finesight.app.example_question import Content, read_question
 from finesight.app.jobs import Job
 from finesight.app.key_file import load_key_file
-from finesight.app.line_counter import MAX_COUNTED_BYTES
-from finesight.app.thumbnail import MAX_READ_SAMPLES, find_samples
+from finesight.app.thumbnail import find_samples
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError, escape_unprintable_json, shorten
-from finesight.files.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
-from finesight.report.html import build_inline_image
-from finesight.samples.corpus import open_sample_source
-from finesight.samples.image_file import get_file
-from finesight.samples.sample import ImagePart, TextPart
-from finesight.vision.image_processing import load_image
+from finesight.files.worker_pool import WorkerLimitError, WorkerLostError
 
 KEY_MARK = "API_KEY_OF_THE_SERVER"
 """Place of the key in the code, for which the page shows dots."""
-
-MAX_IMAGES = 8
-MAX_IMAGE_SIDE = 1568
-IMAGE_QUALITY = 90
 
 MAX_TEST_SECONDS = 120.0
 MAX_TEST_TOKENS = 512
@@ -49,9 +39,6 @@ MAX_PROMPT_CHARS = 2000
 """Maximum number of characters of the question in the code."""
 
 DEFAULT_PROMPT = "Describe the image."
-
-Content = list[dict[str, Any]]
-"""Parts of a question of the API: texts, and images as URLs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,42 +83,6 @@ def _read_version(workspace: Workspace, file: Path, version: int) -> Content | N
     except UserError:
         return None
     return content
-
-
-def read_question(state: object, workspace: Path, file: Path) -> JobOutput:
-    """Read the first question of a data file with its images as data URLs.
-
-    Args:
-        state: State of the worker process, which is not used.
-
-    Raises:
-        UserError: The first samples have no question about images of the workspace.
-    """
-    problem = UserError("no question", where=str(file), expected="samples with images")
-    if file.stat().st_size > MAX_COUNTED_BYTES:  # It would be indexed first.
-        raise problem
-    source = open_sample_source(file)
-    for index in range(min(len(source), MAX_READ_SAMPLES)):
-        located = source.read_sample(index)
-        question = next((one for one in located.sample.messages if one.role == "user"), None)
-        parts = [] if question is None else question.content
-        images = [part for part in parts if isinstance(part, ImagePart)]
-        is_text = all(isinstance(part, ImagePart | TextPart) for part in parts)
-        if not (images and is_text) or len(images) > MAX_IMAGES:
-            continue
-        content: Content = []
-        for part in parts:
-            if isinstance(part, TextPart):
-                content.append({"type": "text", "text": part.text})
-            elif isinstance(part, ImagePart):
-                path = located.resolve_path(part.image)
-                if not Path(os.path.realpath(get_file(path))).is_relative_to(workspace):
-                    raise problem
-                image = load_image(path, min_side=MAX_IMAGE_SIDE)
-                url = build_inline_image(image, MAX_IMAGE_SIDE, IMAGE_QUALITY)["src"]
-                content.append({"type": "image_url", "image_url": {"url": url}})
-        return JobOutput(content)
-    raise problem
 
 
 def list_image_names(content: Content) -> list[str]:

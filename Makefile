@@ -49,8 +49,7 @@ unit: $(VENV)/.installed-dev
 	$(PYTEST) $(PARALLEL) -m "not slow and not fuzz"
 
 test-core: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python tools/core_copy.py $(PARALLEL) \
-	  -m "not slow and not fuzz and not satellite"
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python tools/core_copy.py $(PARALLEL)
 
 # Sphinx uses one core, and most slow tests wait for other processes.
 test-slow: $(VENV)/.installed-dev

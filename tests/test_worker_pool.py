@@ -141,6 +141,7 @@ def test_the_deadline_includes_the_transfer_of_a_job(pool):
         '{"rss_increase": "x", "cpu_seconds": 0}',
         '{"rss_increase": 0, "cpu_seconds": 0, "arrays": [["O", [1]]]}',
         '{"rss_increase": 0, "cpu_seconds": 0, "arrays": 3}',
+        '{"rss_increase": 0, "cpu_seconds": 0, "arrays": [["u1,,", [1]]]}',
         '{"rss_increase": 0, "cpu_seconds": 0, "user_error": ["a"]}',
         '{"rss_increase": 0, "cpu_seconds": 0, "fault": []}',
     ],
@@ -151,6 +152,18 @@ def test_invalid_replies_end_their_worker_only(pool, text):
             worker.call_within(2, jobs.send_text, text)
         assert worker.is_killed
     assert len(pids(pool)) == 2
+
+
+def test_deadlines_without_a_thread_end_their_worker_only(pool, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with pool.fork() as worker:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            with pytest.raises(WorkerLimitError, match="no thread"):
+                worker.call_within(2, jobs.describe, np.zeros(3, dtype=np.uint8))
+        assert worker.is_killed
 
 
 def test_connections_that_a_job_closes(pool):
@@ -164,7 +177,7 @@ def test_replies_have_a_maximum_size():
         with pool.fork() as worker:
             small = np.zeros(MIB // 8, dtype=np.uint8)
             worker.call(jobs.describe, small, max_cpu_s=1)
-            with pytest.raises(WorkerLimitError):
+            with pytest.raises(WorkerLimitError, match="sent a reply of more than"):
                 worker.call(jobs.describe, np.zeros(MIB + 1, dtype=np.uint8), max_cpu_s=1)
     finally:
         pool.close()

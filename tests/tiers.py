@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from case_files import load_cases
+from core_copy import MARKERS
 
 TESTS = Path(__file__).parent
 
@@ -21,7 +22,7 @@ SATELLITE = tuple(load_cases("satellite_tests"))
 LONGEST = tuple(load_cases("longest_tests"))
 
 DEFAULT_MARKERS = "not slow and not fuzz"
-CORE_MARKERS = f"{DEFAULT_MARKERS} and not satellite"
+CORE_MARKERS = MARKERS
 SLOW_MARKERS = "slow"
 """Values of the option -m in the Makefile."""
 

@@ -18,6 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+MARKERS = "not slow and not fuzz and not satellite"
+"""Default of the option -m."""
+
 COPIED_FOLDERS = (
     "benchmarks",
     "docs",
@@ -51,12 +54,9 @@ ALIAS_FOLDER = "data/formats"
 def list_satellites() -> list[str]:
     """Return the names of the packages that the core does not import, such as `serve`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    names = []
-    for contract in project["tool"]["importlinter"]["contracts"]:
-        if contract["name"] == "the core imports no satellite":
-            for module in contract["forbidden_modules"]:
-                names.append(module.removeprefix("finesight."))
-    return names
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (contract,) = (one for one in contracts if one["name"] == "the core imports no satellite")
+    return [module.removeprefix("finesight.") for module in contract["forbidden_modules"]]
 
 
 def copy_core(folder: Path) -> Path:
@@ -89,7 +89,7 @@ def main() -> int:
         folder = Path(temporary) / "finesight"
         path = copy_project(folder)
         environment = os.environ | {"PYTHONPATH": str(path)}
-        command = [sys.executable, "-m", "pytest", *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", "-m", MARKERS, *sys.argv[1:]]
         return subprocess.run(command, cwd=folder, env=environment).returncode
 
 

@@ -131,7 +131,7 @@ def _import_interface() -> Any:
 
 def require_track_package() -> None:
     """Raise UserError if finesight is installed without the package of its trackers."""
-    if find_spec("finesight.track") is None:
+    if not TRACKERS.list_built_in():
         raise build_missing_error("finesight.track", "")
 
 

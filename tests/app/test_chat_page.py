@@ -402,7 +402,8 @@ def test_late_update_does_not_return_to_its_conversation(browser):
         visit = ChatPageDriver(browser, page.address, PHONE_WIDTH)
         visit.submit("Say it.", [])
         visit.wait_for_script("return !!document.querySelector('.streaming');")
-        # From the click on, the page of the new conversation comes late, and an update later.
+        # A click while the next update is scheduled: the page of the new conversation comes late,
+        # and the update, which is requested between them, later.
         browser.run("""
             const [load, schedule] = [window.fetch, window.setTimeout];
             const sleep = (delay) => new Promise((go) => schedule(go, delay));
@@ -414,12 +415,14 @@ def test_late_update_does_not_return_to_its_conversation(browser):
               if (isLate && isUpdate) schedule(() => (window.hasShown = true), 1000);
               return response;
             };
-            // The next update is requested just after the click.
-            window.setTimeout = (action, delay, ...values) =>
-              schedule(action, delay === 80 ? 250 : delay, ...values);
+            window.setTimeout = (action, delay, ...values) => {
+              if (delay === 80 && !window.hasClicked) {
+                window.hasClicked = true;
+                schedule(() => document.querySelector("#new-chat").click(), 0);
+              }
+              return schedule(action, delay === 80 ? 250 : delay, ...values);
+            };
         """)
-        time.sleep(0.5)
-        browser.run("window.hasClicked = true; document.querySelector('#new-chat').click();")
         visit.wait_for_script("return !!window.hasShown;")
         visit.wait_for_script("return !document.querySelector('#welcome').hidden;")
         assert visit.count_turns() == 0

@@ -71,7 +71,9 @@ def test_example_is_the_first_question_of_the_run(folder, run):
     assert base64.b64decode(content[0]["image_url"]["url"].partition("base64,")[2])
 
 
-@pytest.mark.parametrize("image", ["../secret.png", "link.png", "gone.png", "photos/00.txt"])
+@pytest.mark.parametrize(
+    "image", ["../secret.png", "link.png", "gone.png", "photos/00.txt", "a\0.png"]
+)
 def test_example_has_no_image_from_elsewhere(folder, run, image):
     secret = folder.parent / "secret.png"
     secret.write_bytes((folder / "photos/00.png").read_bytes())

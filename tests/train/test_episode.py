@@ -28,7 +28,6 @@ from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.evaluate.environment import (
     FILES_PER_EPISODE,
-    RESERVED_FILES,
     Environment,
     EnvironmentSession,
     EpisodeError,
@@ -37,6 +36,7 @@ from finesight.evaluate.environment import (
     raise_file_limit,
 )
 from finesight.evaluate.episode import EpisodeRunner, EpisodeStart, add_tools
+from finesight.files.worker_pool import JobOutput
 from finesight.infer import prediction
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import iter_completions
@@ -638,7 +638,7 @@ class Hostile:
         send(b"{", 100)
         time.sleep(1000)
 
-    def forges(self, value: dict | list | int) -> str:
+    def forges(self, value: dict | list | int | str) -> str:
         """Send a reply beside the limits.
 
         Args:
@@ -769,12 +769,40 @@ def test_hostile_tools_end_their_episode(hostile, tool, problem):
     other.close()
 
 
-@pytest.mark.parametrize("value", [{}, 3, [None], [3], [["x"]], [""] * 65, ["x" * 100_001]])
+@pytest.mark.parametrize(
+    "value", [{}, 3, [None], [3], [["x"]], [""] * 65, ["x" * 100_001], "x" * 100_001]
+)
 def test_forged_results_end_their_episode(hostile, value):
     session = hostile.start_episode(ROW, [])
     with pytest.raises(EpisodeError, match="a reply with an invalid result"):
         session.call_tool("forges", {"value": value})
     session.close()
+
+
+@pytest.mark.parametrize("value", [["a\ud800"], "a\ud800"])
+def test_forged_surrogates_are_replaced(hostile, value):
+    session = hostile.start_episode(ROW, [])
+    (block,) = session.call_tool("forges", {"value": value}).blocks
+    assert block.encode().decode().endswith("a?")
+    session.close()
+
+
+@pytest.mark.parametrize("value", [10**400, "x", [1]])
+def test_forged_rewards_end_their_episode(hostile, value, monkeypatch):
+    session = hostile.start_episode(ROW, [])
+    monkeypatch.setattr(session, "run", lambda job: JobOutput(value))
+    with pytest.raises(EpisodeError, match="a reply with an invalid reward"):
+        session.get_reward()
+    session.close()
+
+
+def test_call_after_a_killed_one_names_the_limit(hostile):
+    session = hostile.start_episode(ROW, [])
+    with pytest.raises(EpisodeError):
+        session.call_tool("crashes", {})
+    session.close()
+    with pytest.raises(EpisodeError, match="an earlier call ended at a limit"):
+        session.get_reward()
 
 
 def test_calls_of_a_turn_share_their_time(hostile, tmp_path):
@@ -844,7 +872,7 @@ def test_episodes_inherit_no_open_files(hostile, tmp_path):
 def test_episodes_leave_files_to_the_training(hostile, monkeypatch):
     """A limit of open files would otherwise end the training itself."""
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = RESERVED_FILES + 2 * FILES_PER_EPISODE
+    limit = 4 * FILES_PER_EPISODE  # of which the training has half
     monkeypatch.setattr("finesight.evaluate.environment.raise_file_limit", lambda: limit)
     with Environment(hostile.where, None, 30.0) as environment:
         sessions = [environment.start_episode(ROW, []) for _ in range(2)]

@@ -51,6 +51,8 @@ def read_question(state: object, workspace: Path, file: Path) -> JobOutput:
                 content.append({"type": "text", "text": part.text})
             elif isinstance(part, ImagePart):
                 path = located.resolve_path(part.image)
+                if "\0" in str(path):
+                    raise problem
                 if not Path(os.path.realpath(get_file(path))).is_relative_to(workspace):
                     raise problem
                 image = load_image(path, min_side=MAX_IMAGE_SIDE)

@@ -24,7 +24,7 @@ from finesight.app.key_file import load_key_file
 from finesight.app.thumbnail import find_samples
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError, escape_unprintable_json, shorten
-from finesight.files.worker_pool import WorkerLimitError, WorkerLostError
+from finesight.files.worker_pool import WorkerJobError, WorkerLimitError, WorkerLostError
 
 KEY_MARK = "API_KEY_OF_THE_SERVER"
 """Place of the key in the code, for which the page shows dots."""
@@ -66,7 +66,7 @@ def read_example_content(workspace: Workspace, run: Path) -> Content | None:
         if file is None or not workspace.contains(file):
             return None
         return _read_version(workspace, file, file.stat().st_mtime_ns)
-    except (UserError, OSError, WorkerLostError):
+    except (UserError, OSError, WorkerJobError, WorkerLostError):
         return None
 
 

@@ -6,11 +6,11 @@ forked from a process that has loaded the class.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,19 @@ from finesight.files.worker_pool import (
 from finesight.samples.sample import check_tool
 
 MAX_REPLY_BYTES = 64 << 20
-"""Maximum size of a reply of an episode: its pixels, and its texts with escaped characters."""
+"""Maximum size of a reply of an episode: its pixels and its value."""
+
+MAX_VALUE_BYTES = 4 << 20
+"""Maximum size of the value of a reply: its texts with escaped characters."""
 
 FILES_PER_EPISODE = 3
 """Open files of this process for each running episode."""
 
 MAX_OPEN_FILES = 16_384
 """Limit of open files to which that of this process is raised if it is lower."""
+
+LOWER_FILE_LIMITS = (10_240, 4_096, 1_024)
+"""Limits of open files that are tried after `MAX_OPEN_FILES`."""
 
 RESERVED_FILES = 256
 """Open files of this process that episodes leave for data, checkpoints and connections."""
@@ -76,7 +82,7 @@ def describe_mistake(problem: str) -> ToolResult:
     return ToolResult([f"Error: {problem}"], is_mistake=True)
 
 
-class Environment(contextlib.AbstractContextManager["Environment"]):
+class Environment(AbstractContextManager["Environment"]):
     """Tools of a class of the user or of a component. Close it to end its processes.
 
     Args:
@@ -112,7 +118,9 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
             name = f"{file}:{class_name}"
         self._seconds = seconds
         self._turn_seconds = turn_seconds
-        self._max_sessions = (raise_file_limit() - RESERVED_FILES) // FILES_PER_EPISODE
+        file_limit = raise_file_limit()
+        num_reserved = min(RESERVED_FILES, file_limit // 2)
+        self._max_sessions = (file_limit - num_reserved) // FILES_PER_EPISODE
         self._sessions: set[EnvironmentSession] = set()
         self._pool = WorkerPool(
             environment_worker.load_environment,
@@ -121,6 +129,7 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
             memory_bytes=MAX_MEMORY_BYTES,
             has_own_groups=True,
             max_reply_bytes=MAX_REPLY_BYTES,
+            max_value_bytes=MAX_VALUE_BYTES,
         )
         try:
             with self._pool.fork() as worker:
@@ -158,7 +167,6 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
         Raises:
             EpisodeError: The process cannot start, or `reset` fails.
         """
-        turn_end = time.monotonic() + self._turn_seconds
         if len(self._sessions) >= self._max_sessions:
             raise EpisodeError(
                 f"{len(self._sessions)} episodes run, and no more fit the limit of open files"
@@ -171,7 +179,7 @@ class Environment(contextlib.AbstractContextManager["Environment"]):
             raise EpisodeError(f"no process of an episode: {error}", where=self.where) from error
         limits = (self._seconds, self._turn_seconds)
         session = EnvironmentSession(worker, self.where, limits, self.tools)
-        session.turn_end = turn_end
+        session.start_turn()
         session.on_close = self._sessions.discard
         self._sessions.add(session)
         try:
@@ -231,7 +239,12 @@ class EnvironmentSession:
             )
         reply = self.run(environment_worker.call_tool, name, arguments)
         if isinstance(reply.value, str):
-            return describe_mistake(reply.value)
+            if len(reply.value) > environment_worker.MAX_RESULT_CHARS:
+                raise EpisodeError(
+                    f"a reply with an invalid result: {len(reply.value)} characters",
+                    where=self._where,
+                )
+            return describe_mistake(_replace_surrogates(reply.value))
         return ToolResult(read_blocks(reply, self._where))
 
     def get_reward(self) -> float | None:
@@ -243,9 +256,13 @@ class EnvironmentSession:
         value = self.run(environment_worker.get_reward).value
         if value is None:
             return None
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        reward = math.nan
+        if isinstance(value, int | float):
+            with suppress(OverflowError):  # of an integer
+                reward = float(value)
+        if not math.isfinite(reward):
             raise EpisodeError(f"a reply with an invalid reward: {value!r:.60}", where=self._where)
-        return float(value)
+        return reward
 
     def run(self, job: Callable[..., JobOutput], *args: object) -> JobOutput:
         """Run a job of `environment_worker` in the process of the episode.
@@ -253,6 +270,8 @@ class EnvironmentSession:
         Raises:
             EpisodeError: The job fails, or exceeds a limit.
         """
+        if self._worker.is_killed:
+            raise EpisodeError("an earlier call ended at a limit", where=self._where)
         left = self.turn_end - time.monotonic()
         try:
             return self._worker.call_within(min(self._seconds, max(0.0, left)), job, *args)
@@ -297,7 +316,15 @@ def read_blocks(reply: JobOutput, where: str) -> list[ResultBlock]:
             where=where,
         )
     images = map(Image.fromarray, reply.arrays)
-    return [next(images) if text is None else text for text in texts]
+    blocks: list[ResultBlock] = []
+    for text in texts:
+        blocks.append(next(images) if text is None else _replace_surrogates(text))
+    return blocks
+
+
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which have no tokens."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def raise_file_limit() -> int:
@@ -308,8 +335,9 @@ def raise_file_limit() -> int:
         wanted = min(wanted, hard_limit)
     if soft_limit == resource.RLIM_INFINITY or soft_limit >= wanted:
         return soft_limit if soft_limit != resource.RLIM_INFINITY else wanted
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard_limit))
-    except (OSError, ValueError):  # a lower limit of the kernel, as on macOS
-        return soft_limit
-    return wanted
+    for limit in (wanted, *LOWER_FILE_LIMITS):
+        if soft_limit < limit <= wanted:
+            with suppress(OSError, ValueError):  # a lower limit of the kernel, as on macOS
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard_limit))
+                return limit
+    return soft_limit

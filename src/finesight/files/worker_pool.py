@@ -246,7 +246,14 @@ main(int(sys.argv[1]))
 _INHERITED = ("PATH", "HOME", "LANG", "LC_", "LD_", "DYLD_", "PYTHON", "TMPDIR", "TZ")
 """Prefixes of the environment variables that workers inherit; API keys are not among them."""
 
-_INVALID_REPLY = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
+_INVALID_REPLY = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    SyntaxError,  # of a data type
+)
 """Exceptions while a reply is read that the worker has damaged."""
 
 _ENVIRONMENT = {
@@ -257,6 +264,10 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
 }
+
+
+class _ReplySizeError(Exception):
+    """A message of a worker is longer than its limit, the argument."""
 
 
 class WorkerLimitError(UserError):
@@ -416,6 +427,9 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
                 meta, arrays = self._receive()
             cpu_seconds = float(meta["cpu_seconds"])
             self.rss_increase = int(meta["rss_increase"])
+        except _ReplySizeError as error:
+            self.kill()
+            raise _build_limit_error(f"sent a reply of more than {error} bytes") from error
         except (EOFError, OSError) as error:
             raise self._exit_error() from error
         except _INVALID_REPLY as error:
@@ -436,19 +450,29 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         return JobOutput(meta.get("value"), arrays, cpu_seconds)
 
     def _receive(self) -> tuple[dict[str, Any], list[NDArray[np.generic]]]:
-        """Receive a reply. Raises OSError if it is larger than the limit of replies."""
+        """Receive a reply. Raises _ReplySizeError if it is larger than the limits of replies."""
         num_free = min(self._memory_bytes, self._pool.max_reply_bytes)
-        payload = self._connection.recv_bytes(num_free)
+        payload = self._receive_bytes(min(num_free, self._pool.max_value_bytes))
         num_free -= len(payload)
         meta = json.loads(payload)
         if not isinstance(meta, dict):
             raise TypeError(f"a reply of the type {type(meta).__name__}")
         arrays = []
         for dtype, shape in meta.get("arrays", ()):
-            data = bytearray(self._connection.recv_bytes(num_free))
+            data_type = np.dtype(dtype)
+            data = bytearray(self._receive_bytes(num_free))
             num_free -= len(data)
-            arrays.append(np.frombuffer(data, dtype=np.dtype(dtype)).reshape(shape))
+            arrays.append(np.frombuffer(data, dtype=data_type).reshape(shape))
         return meta, arrays
+
+    def _receive_bytes(self, max_bytes: int) -> bytes:
+        try:
+            return self._connection.recv_bytes(max_bytes)
+        except OSError as error:
+            # `Connection` has no other sign of a message that is too long.
+            if str(error) == "bad message length":
+                raise _ReplySizeError(max_bytes) from error
+            raise
 
     def kill(self) -> None:
         """End the worker process and the job that it runs."""
@@ -497,11 +521,17 @@ def _kill_at(deadline: float, worker: Worker) -> Iterator[threading.Event]:
 
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), kill)
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError as error:  # a limit of processes
+        worker.kill()
+        raise _build_limit_error("has no thread for its time limit") from error
     try:
         yield is_late
     finally:
         timer.cancel()
+        # So that a late kill does not end the next job.
+        timer.join()
 
 
 def _build_limit_error(what: str) -> WorkerLimitError:
@@ -535,6 +565,7 @@ class WorkerPool:
         has_own_groups: Whether closing a worker kills the programs that its jobs have started, too.
             Close all workers before the pool.
         max_reply_bytes: Maximum size of a reply, if it is less than the memory of a worker.
+        max_value_bytes: Maximum size of its value as JSON, without arrays.
 
     Attributes:
         process: Template process; None before the start.
@@ -550,12 +581,14 @@ class WorkerPool:
         inherits_environment: bool = False,
         has_own_groups: bool = False,
         max_reply_bytes: int = UNLIMITED_MEMORY,
+        max_value_bytes: int = UNLIMITED_MEMORY,
     ) -> None:
         self._setup = pickle.dumps((setup, args), protocol=5)
         self._num_idle, self.memory_bytes = num_idle, memory_bytes
         self._inherited = "" if inherits_environment else _INHERITED
         self._has_own_groups = has_own_groups
         self.max_reply_bytes = max_reply_bytes
+        self.max_value_bytes = max_value_bytes
         self._lock = threading.Lock()
         self.idle_workers: list[Worker] = []
         self._control: Connection | None = None

@@ -34,7 +34,8 @@ class MetaKernels:
     """Runs operations on meta tensors, and repeats results for operands of equal layout.
 
     Results are only repeated if they are new tensors: an operation that returns or changes one of
-    its operands, or whose result is a part of a larger storage, is run each time.
+    its operands, or whose result is a part of a larger storage, is run each time. The default data
+    type of torch must not change meanwhile.
     """
 
     def __init__(self) -> None:

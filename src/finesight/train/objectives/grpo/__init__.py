@@ -20,7 +20,6 @@ ENVIRONMENT_SETTINGS = (
     "environment",
     "max_tool_calling_iterations",
     "tool_timeout",
-    "turn_timeout",
 )
 
 
@@ -83,6 +82,8 @@ class Settings(SettingsSection):
             is_default = dict(self)[name] == type(self).model_fields[name].default
             if is_default and self.environment is None:
                 values.pop(name, None)
+        if self.turn_timeout is None:
+            values.pop("turn_timeout", None)
         return values
 
     @property

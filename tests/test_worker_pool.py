@@ -121,6 +121,11 @@ def test_the_deadline_includes_the_transfer_of_a_result(pool, job):
     assert time.monotonic() - began < 60
 
 
+def test_tiny_rest_of_cpu_time_is_named(pool):
+    with pool.fork() as worker, pytest.raises(WorkerLimitError, match="s of CPU time"):
+        worker.call(jobs.spin, max_cpu_s=0.0005)
+
+
 def test_the_deadline_includes_the_transfer_of_a_job(pool):
     """A stopped process reads nothing, so that a large job fills the buffer of the connection."""
     with pool.fork() as worker:

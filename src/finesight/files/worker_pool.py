@@ -149,11 +149,16 @@ def _run_worker(
         os._exit(1)
 
 
+def _compute_wall_limit(max_cpu_s: float) -> float:
+    """Return the wall-clock limit in seconds of a job with a limit of CPU time."""
+    return max(MIN_WALL_S, max_cpu_s * WALL_FACTOR)
+
+
 def _run_job(job: Callable[[], JobOutput], max_cpu_s: float) -> JobOutput:
     """Run a job, and return the reply. The kernel kills this process after a time limit."""
     pid = os.getpid()
     signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
-    signal.setitimer(signal.ITIMER_REAL, max_cpu_s * WALL_FACTOR)
+    signal.setitimer(signal.ITIMER_REAL, _compute_wall_limit(max_cpu_s))
     try:
         return _outcome(job)
     finally:
@@ -225,6 +230,9 @@ WORKER_NICENESS = 10
 
 WALL_FACTOR = 15
 """Wall-clock limit of a job relative to its CPU time limit, since workers may wait for a CPU."""
+
+MIN_WALL_S = 1.0
+"""Least wall-clock limit: the CPU time that the last job of a request has left may be tiny."""
 
 MAX_JOBS = 500
 MAX_RSS_INCREASE = 32 << 20
@@ -496,8 +504,9 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         if self.is_killed or self._pool.is_closed:
             return WorkerLostError(f"a worker ended after {self.jobs} jobs")
         elapsed_s = time.monotonic() - self._start_time
-        if elapsed_s >= self._max_cpu_s * WALL_FACTOR:
-            return _build_limit_error(f"took more than {self._max_cpu_s * WALL_FACTOR:g} s")
+        wall_limit_s = _compute_wall_limit(self._max_cpu_s)
+        if elapsed_s >= wall_limit_s:
+            return _build_limit_error(f"took more than {wall_limit_s:g} s")
         # The threads of a job may use several CPUs.
         if elapsed_s >= self._max_cpu_s / 2:
             return _build_limit_error(f"took more than {self._max_cpu_s:g} s of CPU time")

@@ -16,36 +16,12 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from verify_wheel import source_files
+
 ROOT = Path(__file__).resolve().parents[1]
 
 MARKERS = "not slow and not fuzz and not satellite"
 """Default of the option -m."""
-
-COPIED_FOLDERS = (
-    "benchmarks",
-    "docs",
-    "examples",
-    "pretraining",
-    "recipes",
-    "tests",
-    "tools",
-)
-COPIED_FILES = (
-    "CHANGELOG.md",
-    "CITATION.cff",
-    "CONTRIBUTING.md",
-    "Containerfile",
-    "LICENSE",
-    "MANIFEST.in",
-    "Makefile",
-    "README.md",
-    "README.zh.md",
-    "SECURITY.md",
-    "constraints.txt",
-    "pyproject.toml",
-    "setup.py",
-)
-"""What tests read besides the package."""
 
 ALIAS_FOLDER = "data/formats"
 """Former names of modules of a satellite."""
@@ -71,12 +47,10 @@ def copy_core(folder: Path) -> Path:
 
 def copy_project(folder: Path) -> Path:
     """Copy what tests read besides the package, and return the folder for PYTHONPATH."""
-    folder.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", ".*")
-    for name in COPIED_FOLDERS:
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-    for name in COPIED_FILES:
-        shutil.copy2(ROOT / name, folder / name)
+    for path in source_files(ROOT):
+        if path.parts[0] != "src":
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / path, folder / path)
     shared = ROOT.parent / "shared"
     if shared.is_dir():
         (folder.parent / "shared").symlink_to(shared)

@@ -191,10 +191,10 @@ def test_page_tests_a_server_with_its_key(folder, run, monkeypatch):
     ("content", "status", "message"),
     [
         ({"error": {"message": "<i>busy</i>"}}, 429, "<i>busy</i>"),
-        ({"choices": []}, 200, "an answer of another form"),
-        ([], 200, "an answer of another form"),
-        ("deep", 200, "an answer of another form"),
-        ({"choices": [{"message": {"content": "x" * 2_000_000}}]}, 200, "of another form"),
+        ({"choices": []}, 200, "the reply of the server has no answer"),
+        ([], 200, "the reply of the server has no answer"),
+        ("deep", 200, "the reply of the server has no answer"),
+        ({"choices": [{"message": {"content": "x" * 2_000_000}}]}, 200, "has no answer"),
     ],
 )
 def test_answers_of_a_failing_server_are_errors(folder, run, content, status, message):

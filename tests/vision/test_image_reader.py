@@ -22,7 +22,7 @@ from finesight.vision.image_reader import ImageReader, create_image_pool
 SERVER_PACKAGES = ("app", "label", "serve")
 WORKER_MODULES = {
     "serve/preprocessing_jobs.py",
-    "app/example_question.py",
+    "app/program_question.py",
     "app/import_preview.py",
 }
 """Modules whose functions run in worker processes."""

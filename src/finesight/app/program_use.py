@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx2
 
-from finesight.app.example_question import Content, read_question
 from finesight.app.jobs import Job
 from finesight.app.key_file import load_key_file
+from finesight.app.program_question import Content, read_question
 from finesight.app.thumbnail import find_samples
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError, escape_unprintable_json, shorten
@@ -291,7 +291,7 @@ async def ask_server(job: Job, content: Content) -> str:
 
 def _parse_answer(received: bytes) -> str:
     """Return the text of an answer. Raises UserError for a message of an error."""
-    message = "an answer of another form"
+    message = "the reply of the server has no answer"
     try:
         reply: Any = json.loads(received)
         if isinstance(reply, Mapping) and "error" in reply:

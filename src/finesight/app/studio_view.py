@@ -19,11 +19,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 from finesight.app.answer_preview import read_answer_preview
-from finesight.app.example_question import Content
 from finesight.app.job_results import describe_result, explain_metric, list_commands
 from finesight.app.jobs import Job, JobStore
 from finesight.app.option_labels import OPTION_HINTS, OPTION_LABELS
 from finesight.app.pages import describe_error
+from finesight.app.program_question import Content
 from finesight.app.program_use import (
     build_default_content,
     list_image_names,

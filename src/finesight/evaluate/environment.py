@@ -177,8 +177,13 @@ class Environment(AbstractContextManager["Environment"]):
             worker = self._pool.fork()
         except (OSError, UserError, WorkerJobError) as error:
             raise EpisodeError(f"no process of an episode: {error}", where=self.where) from error
-        limits = (self._seconds, self._turn_seconds)
-        session = EnvironmentSession(worker, self.where, limits, self.tools)
+        session = EnvironmentSession(
+            worker,
+            self.where,
+            self.tools,
+            seconds=self._seconds,
+            turn_seconds=self._turn_seconds,
+        )
         session.start_turn()
         session.on_close = self._sessions.discard
         self._sessions.add(session)
@@ -194,7 +199,8 @@ class EnvironmentSession:
     """Environment of one episode, in a process of its own. Close it to end the process.
 
     Args:
-        limits: Maximum number of seconds of a call, and of all calls of a turn.
+        seconds: Maximum number of seconds of a call.
+        turn_seconds: Maximum number of seconds of all calls of a turn.
 
     Attributes:
         on_close: Called with the session when it is closed.
@@ -203,18 +209,21 @@ class EnvironmentSession:
 
     on_close: Callable[[EnvironmentSession], object] | None = None
     turn_end: float = math.inf
-    _turn_seconds: float = math.inf
+    _turn_seconds: float = math.inf  # of sessions without a process, which subclasses provide
 
     def __init__(
         self,
         worker: Worker,
         where: str,
-        limits: tuple[float, float],
         tools: Sequence[dict[str, Any]],
+        *,
+        seconds: float,
+        turn_seconds: float,
     ) -> None:
         self._worker = worker
         self._where = where
-        self._seconds, self._turn_seconds = limits
+        self._seconds = seconds
+        self._turn_seconds = turn_seconds
         self._tool_names = [tool["function"]["name"] for tool in tools]
 
     def start_turn(self) -> None:

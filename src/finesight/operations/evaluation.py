@@ -18,7 +18,7 @@ from finesight.operations.options import (
     LoadingOptions,
     PagesOption,
     TrustMetricOption,
-    format_environments,
+    build_environment_parameter,
 )
 from finesight.progress import ProgressConsole
 
@@ -61,14 +61,7 @@ def evaluate(
     batch_size: Annotated[int, Parameter(minimum=1)] = 32,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1, maximum=1_048_576)] = None,
     out: Annotated[StrPath | None, Parameter(path="file")] = None,
-    environment: Annotated[
-        str | None,
-        Parameter(
-            f"Environment whose tools the model calls: {format_environments()}, FILE.py:CLASS, or "
-            "none. Default for a run: that of its recipe.",
-            metavar="NAME",
-        ),
-    ] = None,
+    environment: Annotated[str | None, build_environment_parameter()] = None,
     trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[GenerationEvalResult]:
@@ -215,14 +208,7 @@ def predict(
     out: Annotated[StrPath | None, Parameter(metavar="PATH", path="folder")] = None,
     pages: PagesOption = None,
     images_per_question: Annotated[int | None, Parameter(minimum=1)] = None,
-    environment: Annotated[
-        str | None,
-        Parameter(
-            f"Environment whose tools the model calls: {format_environments()}, FILE.py:CLASS, or "
-            "none. Default for a run: that of its recipe.",
-            metavar="NAME",
-        ),
-    ] = None,
+    environment: Annotated[str | None, build_environment_parameter()] = None,
     trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:

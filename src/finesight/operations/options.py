@@ -144,11 +144,19 @@ TrustMetricOption = Annotated[
 ]
 
 
-def format_environments() -> str:
-    """Return the names of the built-in environments, as in a sentence."""
+def build_environment_parameter() -> Parameter:
+    """Build the option of an environment.
+
+    Not an annotation of this module, because help on other commands reads no names of environments.
+    """
     from finesight.environment_components import ENVIRONMENTS
 
-    return ", ".join(one.name for one in ENVIRONMENTS.list_built_in())
+    names = ", ".join(one.name for one in ENVIRONMENTS.list_built_in())
+    return Parameter(
+        f"Environment whose tools the model calls: {names}, FILE.py:CLASS, or none. Default for a "
+        "run: that of its recipe.",
+        metavar="NAME",
+    )
 
 
 LanguageOption = Annotated[
